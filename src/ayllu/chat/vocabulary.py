@@ -1,0 +1,146 @@
+"""What every vocabulary must offer, and the text repairs all of them share.
+
+A vocabulary turns plain text into ids and one id into its bytes. It knows no special tokens at all: these
+live one level up, in `tokenizer.Tokenizer`, so that no text, whoever wrote it, can reach one through a vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from ayllu.errors import ModelFileError
+
+SpacePrefix = Literal["none", "first", "each"]
+
+# Longest text given to the BPE library at once. Its alignment tables cost about 100 bytes per character and
+# its regex engine gives up after 10 million steps in one match; a million characters stays far from both.
+MAX_PIECE_CHARACTERS = 1_000_000
+
+
+class Vocabulary(Protocol):
+    """Plain text to ids and back to bytes; specials are not its business.
+
+    `size` is one more than the highest id it can return. `space_prefix` says where a leading space is added
+    when encoding and taken away when decoding: never, before the first run of text, or before each run of
+    text that starts the sequence or follows a special token.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def space_prefix(self) -> SpacePrefix: ...
+
+    def encode(self, text: str, *, prefix_space: bool) -> list[int]:
+        """Ids of `text` (valid Unicode), with the vocabulary's leading space if `prefix_space`."""
+        ...
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of one id in [0, size); empty for ids that stand for nothing."""
+        ...
+
+
+@dataclass(frozen=True)
+class SpecialToken:
+    """A token outside the text vocabulary.
+
+    `control` tokens steer the model (turn ends, headers) and may be hidden when decoding; the others are
+    text that was given its own id after training. `strip_left` and `strip_right` make it swallow the white
+    space beside it when it stands in trusted text.
+    """
+
+    name: str
+    id: int
+    control: bool = True
+    strip_left: bool = False
+    strip_right: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerParts:
+    """All a loader learned from its source; `Tokenizer` is made from it.
+
+    `embedding_rows` is the row count of the embedding table where the source states one, else None.
+    """
+
+    vocabulary: Vocabulary
+    specials: tuple[SpecialToken, ...]
+    bos_id: int | None
+    eos_id: int | None
+    stop_ids: frozenset[int]
+    add_bos: bool
+    source: str
+    embedding_rows: int | None = None
+
+
+# Names that end a turn or a document in the families ayllu runs, whatever the file says about their type.
+END_OF_TURN_NAMES = (
+    "<|eot|>",
+    "<|eom|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<|end_of_turn|>",
+    "<end_of_turn>",
+    "</s>",
+)
+
+
+def end_of_turn_ids(specials: Mapping[str, int]) -> frozenset[int]:
+    """Ids of the well-known end names that are special tokens here."""
+    return frozenset(specials[name] for name in END_OF_TURN_NAMES if name in specials)
+
+
+def valid_unicode(text: str) -> str:
+    """`text` with surrogate pairs joined and lone surrogates replaced by U+FFFD; other text unchanged.
+
+    JSON can carry lone surrogates into a Python string; they have no UTF-8 form and so no tokens.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def pieces_of(text: str, limit: int = MAX_PIECE_CHARACTERS) -> Iterator[str]:
+    """`text` in pieces of at most `limit` characters, cut before a space that follows a letter or digit.
+
+    Pre-tokenizers never join a letter to the space after it, so such a cut changes no token; only a run of
+    more than `limit` characters without one is cut hard. Shorter text comes back whole.
+    """
+    start = 0
+    while len(text) - start > limit:
+        cut = text.rfind(" ", start + 1, start + limit + 1)
+        while cut > start and not text[cut - 1].isalnum():
+            cut = text.rfind(" ", start + 1, cut)
+        if cut <= start:
+            cut = start + limit
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+@contextmanager
+def library_errors(file: Path | str, field: str) -> Iterator[None]:
+    """Turn whatever the Rust tokenizer libraries raise, panics included, into a `ModelFileError`.
+
+    They raise plain Exception for bad input and a PanicException, which is no Exception, for worse.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = f"the tokenizer library refuses it ({str(error)[:200]})"
+        raise ModelFileError(file, reason, field=field) from None

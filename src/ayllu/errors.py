@@ -1,0 +1,151 @@
+"""Every error a user can meet, drawn as one tree.
+
+Each class carries one process exit code and one HTTP status, and each message says what is wrong and
+then what to do about it, in one line. Anything else that escapes is a bug in ayllu, not a user's mistake.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class AylluError(Exception):
+    """Base of every expected failure. `fix` is the action that ends it, often an exact command."""
+
+    exit_code = 1
+    http_status = 500
+
+    def __init__(self, problem: str, fix: str = "") -> None:
+        self.problem = one_line(problem)
+        self.fix = one_line(fix)
+        super().__init__(f"{self.problem} {self.fix}".strip())
+
+
+class UsageError(AylluError):
+    """The command or request itself is wrong: unknown option, impossible value, missing argument."""
+
+    exit_code = 2
+    http_status = 400
+
+
+class UnknownModelError(UsageError):
+    """No model of that name is installed or known."""
+
+    exit_code = 3
+    http_status = 404
+
+
+class UnsupportedError(AylluError):
+    """A well-formed file or request that asks for something ayllu does not implement."""
+
+    exit_code = 4
+    http_status = 400
+
+
+class ContextOverflowError(AylluError):
+    """The conversation does not fit into the model's context window."""
+
+    exit_code = 5
+    http_status = 400
+
+
+class MissingExtraError(AylluError):
+    """An optional dependency is needed. The message names the extra that brings it."""
+
+    exit_code = 6
+    http_status = 501
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an optional dependency.", f"Install it: pip install 'ayllu[{extra}]'")
+
+
+class ModelFileError(AylluError):
+    """A model file that is damaged, hostile or not what its name says.
+
+    `field` names the place inside the file, `offset` its byte position where one is known.
+    """
+
+    exit_code = 7
+    http_status = 422
+
+    def __init__(
+        self,
+        file: Path | str,
+        reason: str,
+        *,
+        field: str | None = None,
+        offset: int | None = None,
+        expected: object = None,
+        got: object = None,
+        fix: str = "Fetch the file again, or use another one.",
+    ) -> None:
+        self.file = str(file)
+        self.field = field
+        self.offset = offset
+        self.expected = expected
+        self.got = got
+        where = self.file
+        if field is not None:
+            where += f", {clip(field)}"
+        if offset is not None:
+            where += f" (byte {offset})"
+        detail = reason.rstrip(".")
+        if expected is not None:
+            detail += f", expected {clip(expected)}"
+        if got is not None:
+            detail += f", got {clip(got)}"
+        super().__init__(f"{where}: {detail}.", fix)
+
+
+class IntegrityError(AylluError):
+    """Bytes arrived complete but are not the bytes that were promised (SHA-256 differs)."""
+
+    exit_code = 8
+    http_status = 502
+
+
+class SourceError(AylluError):
+    """A model source did not deliver: unreachable, refused, cut off, or lying about length."""
+
+    exit_code = 9
+    http_status = 502
+
+
+class NoSpaceError(AylluError):
+    """The disk or the memory is too small for what was asked."""
+
+    exit_code = 10
+    http_status = 507
+
+
+class TemplateError(AylluError):
+    """A chat template that fails, or that exceeds the limits it runs under."""
+
+    exit_code = 11
+    http_status = 422
+
+
+class ImageError(AylluError):
+    """An image that cannot be decoded, or is larger than allowed."""
+
+    exit_code = 12
+    http_status = 400
+
+
+def one_line(text: str) -> str:
+    """`text` with line breaks and control characters made visible, so that a message stays one line."""
+    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text)
+
+
+def clip(value: object, limit: int = 120) -> str:
+    """`value` as text of at most `limit` characters: file contents must not flood an error message."""
+    text = str(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' for the nearest of `known`, or the empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else ""

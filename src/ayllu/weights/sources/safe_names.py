@@ -1,0 +1,139 @@
+"""Which names may reach the disk, and which kinds of file a model may consist of.
+
+Every file name that comes from outside (a hub listing, a catalogue, a manifest, an archive) passes
+`safe_name` before it is joined to a folder, so no source can write outside the store on any system.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from pathlib import PurePosixPath
+
+from ayllu.errors import UnsupportedError, UsageError, clip
+
+MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA1 = re.compile(r"[0-9a-f]{40}")
+
+PICKLE_SUFFIXES = frozenset(
+    (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".h5", ".hdf5", ".keras")
+    + (".joblib", ".dill", ".msgpack", ".ot", ".pdparams", ".zip", ".7z", ".tar", ".gz", ".tgz")
+)
+WEIGHT_SUFFIXES = frozenset((".safetensors", ".gguf"))
+COMPANION_SUFFIXES = frozenset((".json", ".jinja", ".model", ".tiktoken"))
+COMPANION_NAMES = frozenset(("merges.txt", "vocab.txt"))
+LICENCE_STEMS = ("license", "licence", "notice", "use_policy", "copying")
+
+_FORBIDDEN = frozenset('\\:<>"|?*')
+_DEVICES = frozenset(
+    ["CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$"]
+    + [f"{port}{digit}" for port in ("COM", "LPT") for digit in "0123456789"]
+)
+
+
+def safe_name(name: str) -> PurePosixPath:
+    """`name` as a relative path that means the same file, inside its folder, on every system.
+
+    Raises UsageError naming the rule that was broken: absolute, `..`, hidden, control characters, device
+    names, reserved characters, trailing dots or spaces, look-alike characters, over-long.
+    """
+    problem = _name_problem(name)
+    if problem:
+        raise UsageError(f"The file name {clip(ascii(name))} is refused: {problem}.", "Use another source.")
+    return PurePosixPath(name)
+
+
+def _name_problem(name: str) -> str | None:
+    if not name:
+        return "it is empty"
+    if len(name) > 512:
+        return "it is longer than 512 characters"
+    if not name.isprintable():
+        return "it holds control or invisible characters"
+    if unicodedata.normalize("NFKC", name) != name:
+        return "it holds look-alike characters"
+    if bad := sorted(_FORBIDDEN.intersection(name)):
+        return f"it holds {bad[0]!r}"
+    if name.startswith(("/", "~")):
+        return "it is not relative"
+    components = name.split("/")
+    if len(components) > 8:
+        return "it is more than 8 folders deep"
+    return next((problem for part in components if (problem := _component_problem(part))), None)
+
+
+def _component_problem(part: str) -> str | None:
+    if part in ("", ".", ".."):
+        return f"it has {part!r} as a folder"
+    if len(part.encode("utf-8")) > 200:
+        return "one part of it is longer than 200 bytes"
+    if part.startswith("."):
+        return "it is hidden (starts with a dot)"
+    if part[0] == " " or part[-1] in " .":
+        return "it starts with a space, or ends with a space or a dot"
+    if part.split(".", 1)[0].rstrip().upper() in _DEVICES:
+        return "it is a device name on Windows"
+    return None
+
+
+def safe_model_name(name: str) -> str:
+    """`name` if it may name a model in the store (lower-case letters, digits, `.`, `_`, `-`), else UsageError."""
+    if not MODEL_NAME.fullmatch(name) or ".." in name or _name_problem(name):
+        raise UsageError(
+            f"{clip(ascii(name))} cannot name a model.",
+            "Use 1 to 96 lower-case letters, digits, dots, dashes or underscores, starting with a letter or digit.",
+        )
+    return name
+
+
+def model_name_from(text: str) -> str:
+    """A model name made from a repository or file name: lower-case, anything unusual replaced by a dash."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return safe_model_name(re.sub(r"[^a-z0-9_]*\.[^a-z0-9_]*|[^a-z0-9._]+", _separator, plain).strip("._-")[:96])
+
+
+def _separator(match: re.Match[str]) -> str:
+    return "." if match[0] == "." else "-"
+
+
+def safe_digest(digest: str) -> str:
+    """`digest` if it is a SHA-256 in lower-case hexadecimal, else UsageError."""
+    if not SHA256.fullmatch(digest):
+        raise UsageError(f"{clip(ascii(digest))} is not a SHA-256 digest.", "It needs 64 lower-case hex digits.")
+    return digest
+
+
+def is_weight_file(name: str) -> bool:
+    """True for the two kinds of file that carry tensors and are ever opened: safetensors and GGUF."""
+    return PurePosixPath(name).suffix.lower() in WEIGHT_SUFFIXES
+
+
+def is_model_file(name: str) -> bool:
+    """True for files a model may consist of: weights, configuration, tokenizer, template, licence."""
+    path = PurePosixPath(name)
+    suffix = path.suffix.lower()
+    if suffix in WEIGHT_SUFFIXES or suffix in COMPANION_SUFFIXES or path.name.lower() in COMPANION_NAMES:
+        return True
+    return path.stem.lower().startswith(LICENCE_STEMS) and suffix in ("", ".txt", ".md")
+
+
+def is_pickle(name: str) -> bool:
+    """True for file types that run code when opened, or that wrap such files. None is fetched or opened."""
+    return any(suffix.lower() in PICKLE_SUFFIXES for suffix in PurePosixPath(name).suffixes)
+
+
+def refuse_unless_model_file(name: str) -> PurePosixPath:
+    """`name` as a safe path if it may be part of a model; UnsupportedError for pickles and anything else."""
+    path = safe_name(name)
+    if is_pickle(name):
+        raise UnsupportedError(
+            f"{clip(name)} is a pickle or an archive, which could run code when opened; ayllu never fetches those.",
+            "Look for the model's safetensors or GGUF files.",
+        )
+    if not is_model_file(name):
+        raise UnsupportedError(
+            f"{clip(name)} is not a model file.",
+            "ayllu takes safetensors and GGUF, with their configuration, tokenizer and template files.",
+        )
+    return path
