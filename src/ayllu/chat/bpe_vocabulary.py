@@ -50,8 +50,10 @@ class ByteLevelVocabulary:
 
     space_prefix: SpacePrefix = "none"
 
-    def __init__(self, encoder: Encoder, texts: Sequence[str | None], known: Iterable[str], source: str) -> None:
-        """`texts[id]` is the token's text, None for an id that stands for nothing; `known` the model's tokens."""
+    def __init__(
+        self, encoder: Encoder, texts: Sequence[str | None], known: Iterable[str], source: str
+    ) -> None:
+        """`texts[id]`: the token's text, None where there is none; `known`: the texts text can become."""
         self._encoder = encoder
         self._texts = texts
         self._source = source

@@ -152,13 +152,18 @@ class _Metadata:
         wrong = np.flatnonzero((types < NORMAL) | (types > BYTE))
         if len(wrong):
             place = int(wrong[0])
-            raise self.bad("token_type", f"unknown type of token {place}", expected="1 to 6", got=types[place])
+            raise self.bad(
+                "token_type", f"unknown type of token {place}", expected="1 to 6", got=types[place]
+            )
         return types
 
 
 def _specials(tokens: list[str], types: np.ndarray[Any, Any], reader: _Metadata) -> tuple[SpecialToken, ...]:
-    """The special tokens; `types` is corrected in place where a file types a well-known end name as text."""
-    ends = set(END_OF_TURN_NAMES)
+    """The special tokens; `types` is corrected in place where a file types a well-known end name as text.
+
+    Only names of the form <|...|> are: `</s>` is also HTML, and an ordinary token in Qwen's vocabulary.
+    """
+    ends = {name for name in END_OF_TURN_NAMES if name.startswith("<|")}
     if not ends.isdisjoint(tokens):
         for place, token in enumerate(tokens):
             if token in ends and types[place] != UNUSED:
@@ -173,13 +178,14 @@ def _specials(tokens: list[str], types: np.ndarray[Any, Any], reader: _Metadata)
     return tuple(found.values())
 
 
-def _ordinary(tokens: list[str], types: np.ndarray[Any, Any], kept: Iterable[int], reader: _Metadata) -> dict[str, int]:
+def _ordinary(
+    tokens: list[str], types: np.ndarray[Any, Any], kept: Iterable[int], reader: _Metadata
+) -> dict[str, int]:
     """Token text to id for the tokens of the `kept` types; these must not repeat."""
     places = np.flatnonzero(np.isin(types, list(kept))).tolist()
     vocabulary = {tokens[place]: place for place in places}
     if len(vocabulary) != len(places):
-        seen: set[str] = set()
-        repeated = next(tokens[p] for p in places if tokens[p] in seen or seen.add(tokens[p]))
+        repeated = next(tokens[place] for place in places if vocabulary[tokens[place]] != place)
         raise reader.bad("tokens", "a token appears twice", got=repeated)
     vocabulary.pop("", None)
     return vocabulary
@@ -189,7 +195,7 @@ def _byte_level(
     tokens: list[str], types: np.ndarray[Any, Any], pre: str, reader: _Metadata
 ) -> ByteLevelVocabulary:
     from tokenizers import Tokenizer as Encoder
-    from tokenizers import models, normalizers
+    from tokenizers import normalizers
 
     vocabulary = _ordinary(tokens, types, (NORMAL, BYTE), reader)
     merges = [tuple(merge.split(" ", 1)) for merge in reader.strings("merges")]

@@ -7,6 +7,7 @@ which the chat formats write themselves, can name one.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,9 @@ class Tokenizer:
         self._vocabulary = parts.vocabulary
         self._by_name = {special.name: special for special in parts.specials}
         self._by_id = {special.id: special for special in parts.specials}
-        self._bytes_by_id = {special.id: special.name.encode("utf-8", "replace") for special in parts.specials}
+        self._bytes_by_id = {
+            special.id: special.name.encode("utf-8", "replace") for special in parts.specials
+        }
         self._finder = _SpecialFinder(self._by_name)
         self.specials: Mapping[str, int] = MappingProxyType({s.name: s.id for s in parts.specials})
         self.vocab_size = max(parts.vocabulary.size, max(self._by_id, default=-1) + 1)
@@ -45,9 +48,10 @@ class Tokenizer:
         """The same tokenizer for a model whose embedding table has `rows` rows (at least `vocab_size`)."""
         if rows < self.vocab_size:
             problem = f"{self._parts.source}: the vocabulary has {self.vocab_size} ids"
-            raise UsageError(f"{problem}, the model's embedding only {rows} rows.", "Use the model's own tokenizer.")
-        parts = TokenizerParts(**{**vars(self._parts), "embedding_rows": rows})
-        return Tokenizer(parts)
+            raise UsageError(
+                f"{problem}, the model's embedding only {rows} rows.", "Use the model's own tokenizer."
+            )
+        return Tokenizer(dataclasses.replace(self._parts, embedding_rows=rows))
 
     def encode(self, text: str) -> list[int]:
         """Ids of text from outside (users, tools, documents): never a special token, whatever is typed.
@@ -112,7 +116,9 @@ class Tokenizer:
             return self._vocabulary.bytes_of(token)
         if 0 <= token < self.embedding_rows:
             return b""
-        raise UsageError(f"Token id {token} is outside 0..{self.embedding_rows - 1}.", "Use this model's own ids.")
+        raise UsageError(
+            f"Token id {token} is outside 0..{self.embedding_rows - 1}.", "Use this model's own ids."
+        )
 
     def decode_bytes(
         self, ids: Iterable[int], *, skip_specials: bool = False, continuation: bool = False
@@ -164,7 +170,9 @@ class Tokenizer:
 class ByteRenderer:
     """Ids to bytes one at a time: the one place that hides control tokens and takes added spaces away."""
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_specials: bool = False, continuation: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_specials: bool = False, continuation: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_specials = skip_specials
         self._prefix = tokenizer.space_prefix

@@ -1,11 +1,12 @@
 """What every vocabulary must offer, and the text repairs all of them share.
 
-A vocabulary turns plain text into ids and one id into its bytes. It knows no special tokens at all: these
-live one level up, in `tokenizer.Tokenizer`, so that no text, whoever wrote it, can reach one through a vocabulary.
+A vocabulary turns plain text into ids and one id into its bytes. It knows no special tokens at all: they
+live one level up, in `tokenizer.Tokenizer`, so that no text can reach one through a vocabulary.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from ayllu.errors import ModelFileError
 
 SpacePrefix = Literal["none", "first", "each"]
 
-# Longest text given to the BPE library at once. Its alignment tables cost about 100 bytes per character and
-# its regex engine gives up after 10 million steps in one match; a million characters stays far from both.
-MAX_PIECE_CHARACTERS = 1_000_000
+# Longest text given to the BPE library at once. Its alignment tables cost some 100 bytes per byte of
+# text, and its regex engine gives up after 10 million steps in one match; this stays far from both.
+MAX_PIECE_CHARACTERS = 250_000
+_CUT_WINDOW = 50_000
+_SAFE_CUT = re.compile(r"(?<=[^\W_])(?= )|(?<=\S\n)(?=[^\W_])")
 
 
 class Vocabulary(Protocol):
@@ -111,18 +114,17 @@ def valid_unicode(text: str) -> str:
 
 
 def pieces_of(text: str, limit: int = MAX_PIECE_CHARACTERS) -> Iterator[str]:
-    """`text` in pieces of at most `limit` characters, cut before a space that follows a letter or digit.
+    """`text` in pieces of at most `limit` characters; text within the limit comes back whole.
 
-    Pre-tokenizers never join a letter to the space after it, so such a cut changes no token; only a run of
-    more than `limit` characters without one is cut hard. Shorter text comes back whole.
+    Cuts fall between a letter or digit and a space, or after a single line end before a letter or digit:
+    no known split joins those, so no token changes. A run without such a place is cut hard.
     """
     start = 0
     while len(text) - start > limit:
-        cut = text.rfind(" ", start + 1, start + limit + 1)
-        while cut > start and not text[cut - 1].isalnum():
-            cut = text.rfind(" ", start + 1, cut)
-        if cut <= start:
-            cut = start + limit
+        end = start + limit
+        cut = end
+        for found in _SAFE_CUT.finditer(text, max(start + 1, end - _CUT_WINDOW), end):
+            cut = found.start()
         yield text[start:cut]
         start = cut
     if start < len(text):

@@ -257,8 +257,13 @@ class ModelConfig:
     def attention_parameters(self) -> int:
         """Parameters of one layer's attention."""
         heads, groups = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        bias = heads + 2 * groups if self.qkv_bias else 0
-        return 2 * self.hidden_size * heads + 2 * self.hidden_size * groups + bias
+        return 2 * self.hidden_size * (heads + groups) + self._attention_biases
+
+    @property
+    def _attention_biases(self) -> int:
+        if not self.qkv_bias:
+            return 0
+        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
 
     @property
     def expert_parameters(self) -> int:
@@ -322,7 +327,8 @@ class ModelConfig:
     def flops_per_token(self, context: int = 0) -> int:
         """Forward FLOPs of one token at position `context`: 2 per multiply-add of every matrix the token
         meets (the embedding is a lookup) and of its attention over the keys each layer sees."""
-        table = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
-        matrices = 2 * (self.active_parameters - table)
+        lookup = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
+        matrices = 2 * (self.active_parameters - lookup - norms - self.num_hidden_layers * self._attention_biases)
         seen = sum(context + 1 if layer.chunk is None else context % layer.chunk + 1 for layer in self.layers)
         return matrices + 4 * self.num_attention_heads * self.head_dim * seen

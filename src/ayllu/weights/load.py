@@ -30,12 +30,12 @@ from ayllu.weights.tensors import Array, JoinedTensor, PlainTensor, StoredTensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# 256 Ki elements decode inside the second-level cache: larger blocks measured slower, smaller ones cost calls.
+# 256 Ki elements decode inside the second-level cache; smaller blocks cost calls.
 BLOCK_ELEMENTS = 1 << 18
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a setting means. 'auto' takes a GPU if there is one. Raises UsageError if it is not there."""
+    """The device a setting means; 'auto' takes a GPU if there is one. Raises UsageError if it is not there."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

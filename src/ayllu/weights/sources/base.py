@@ -137,7 +137,8 @@ def full_disk_is_typed(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpaceError(
-                f"The disk holding {folder} is full.", "Free some space; the next pull continues where this stopped."
+                f"The disk holding {folder} is full.",
+                "Free some space; the next pull continues where this stopped.",
             ) from error
         raise
 

@@ -57,13 +57,17 @@ def local_model_files(path: Path) -> list[Path]:
     Raises UnknownModelError when nothing is there, ModelFileError when it is not a model ayllu opens.
     """
     if not path.exists():
-        raise UnknownModelError(f"There is no file or folder {path}.", "Check the path; `ayllu list` shows models.")
+        raise UnknownModelError(
+            f"There is no file or folder {path}.", "Check the path; `ayllu list` shows models."
+        )
     if path.is_file():
         with path.open("rb") as file:
             magic = file.read(4)
         if is_pickle(path.name) or path.suffix.lower() != ".gguf" or magic != GGUF_MAGIC:
             raise ModelFileError(
-                path, "not a GGUF file", fix="Give a .gguf file, or a folder holding config.json and *.safetensors."
+                path,
+                "not a GGUF file",
+                fix="Give a .gguf file, or a folder holding config.json and *.safetensors.",
             )
         return [path]
     inside = sorted(item for item in path.iterdir() if item.is_file() and not item.name.startswith("."))

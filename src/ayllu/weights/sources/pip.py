@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -21,9 +22,7 @@ from ayllu.weights.sources.base import Limits
 _POLL_S = 0.1
 
 
-def download_wheel(
-    requirement: str, staging: Path, limits: Limits, advance: Callable[[int], None]
-) -> Path:
+def download_wheel(requirement: str, staging: Path, limits: Limits, advance: Callable[[int], None]) -> Path:
     """Download exactly `requirement` (`name==version`) as a wheel into `staging`, an empty folder.
 
     Calls `advance` with bytes as they land. Raises SourceError with pip's own reason in one line.
@@ -55,7 +54,9 @@ def download_wheel(
                     process.kill()
                     process.wait()
     if stalled:
-        raise SourceError(f"pip brought nothing of {requirement} for {limits.pip_stall_s:.0f} s.", "Pull again later.")
+        raise SourceError(
+            f"pip brought nothing of {requirement} for {limits.pip_stall_s:.0f} s.", "Pull again later."
+        )
     wheels = list(staging.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
         _raise_reason(requirement, log)
@@ -84,13 +85,13 @@ def _watch(
 
 
 def _size_of_tree(folder: Path) -> int:
-    """Bytes of archives in `folder` now; files vanish while pip works, which is no error."""
+    """Bytes of wheels in `folder` now. Files and folders vanish while pip works, which is no error."""
     total = 0
-    for path in folder.rglob("*.whl"):
-        try:
-            total += path.stat().st_size
-        except OSError:
-            continue
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(OSError):
+                    total += (Path(parent) / name).stat().st_size
     return total
 
 
@@ -99,8 +100,12 @@ def _raise_reason(requirement: str, log: Path) -> NoReturn:
     lines = [line.removeprefix("ERROR: ").strip() for line in text.splitlines() if line.startswith("ERROR:")]
     reason = _without_credentials(lines[-1] if lines else (text.strip().splitlines() or ["no output"])[-1])
     if "No space left" in text:
-        raise NoSpaceError(f"pip ran out of disk space fetching {requirement}.", "Free some space, then pull again.")
-    raise SourceError(f"pip could not download {requirement}: {clip(reason, 200).rstrip('.')}.", "Check pip's index.")
+        raise NoSpaceError(
+            f"pip ran out of disk space fetching {requirement}.", "Free some space, then pull again."
+        )
+    raise SourceError(
+        f"pip could not download {requirement}: {clip(reason, 200).rstrip('.')}.", "Check pip's index."
+    )
 
 
 def _without_credentials(text: str) -> str:

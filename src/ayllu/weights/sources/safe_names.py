@@ -90,7 +90,9 @@ def safe_model_name(name: str) -> str:
 def model_name_from(text: str) -> str:
     """A model name made from a repository or file name: lower-case, anything unusual replaced by a dash."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return safe_model_name(re.sub(r"[^a-z0-9_]*\.[^a-z0-9_]*|[^a-z0-9._]+", _separator, plain).strip("._-")[:96])
+    return safe_model_name(
+        re.sub(r"[^a-z0-9_]*\.[^a-z0-9_]*|[^a-z0-9._]+", _separator, plain).strip("._-")[:96]
+    )
 
 
 def _separator(match: re.Match[str]) -> str:
@@ -100,7 +102,9 @@ def _separator(match: re.Match[str]) -> str:
 def safe_digest(digest: str) -> str:
     """`digest` if it is a SHA-256 in lower-case hexadecimal, else UsageError."""
     if not SHA256.fullmatch(digest):
-        raise UsageError(f"{clip(ascii(digest))} is not a SHA-256 digest.", "It needs 64 lower-case hex digits.")
+        raise UsageError(
+            f"{clip(ascii(digest))} is not a SHA-256 digest.", "It needs 64 lower-case hex digits."
+        )
     return digest
 
 
