@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from ayllu.chat.bpe_vocabulary import ByteLevelVocabulary, SentencePieceVocabulary, byte_of_token
 from ayllu.chat.vocabulary import (
@@ -30,12 +30,8 @@ MAX_CONFIG_BYTES = 4 << 20
 # Ids beyond this are no vocabulary's: the largest known has 262,144.
 MAX_TOKEN_ID = 1 << 22
 
-_NORMALIZERS = frozenset(
-    {"Sequence", "NFC", "NFD", "NFKC", "NFKD", "Replace", "Prepend", "Lowercase", "Strip"}
-)
-_PRE_TOKENIZERS = frozenset(
-    {"Sequence", "ByteLevel", "Split", "Digits", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"}
-)
+_NORMALIZERS = frozenset({"Sequence", "NFC", "NFD", "NFKC", "NFKD", "Replace", "Prepend"})
+_PRE_TOKENIZERS = frozenset({"Sequence", "ByteLevel", "Split", "Digits", "Metaspace", "Punctuation"})
 
 JsonObject = dict[str, Any]
 
@@ -44,7 +40,8 @@ def parts_from_json(file: Path) -> TokenizerParts:
     """Tokenizer parts of a `tokenizer.json`, with what the config files in its folder add.
 
     BOS, EOS and stop ids come from `tokenizer_config.json`, `generation_config.json` and `config.json`
-    where these exist. Raises `ModelFileError` for damaged files, `UnsupportedError` for other models than BPE.
+    where these exist. Raises `ModelFileError` for damaged files, `UnsupportedError` for kinds other
+    than BPE.
     """
     root = read_object(file, MAX_FILE_BYTES)
     model = _object(root, "model", file)
@@ -90,7 +87,7 @@ def _object(parent: Mapping[str, Any], key: str, file: Path) -> JsonObject:
     return cast("JsonObject", value)
 
 
-def _is_id(value: object) -> bool:
+def _is_id(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKEN_ID
 
 
@@ -180,7 +177,9 @@ def _vocabulary(
 
     normalizers = _components(root, "normalizer", "normalizers", _NORMALIZERS, file)
     pre_tokenizers = _components(root, "pre_tokenizer", "pretokenizers", _PRE_TOKENIZERS, file)
-    byte_level = any(step["type"] == "ByteLevel" for step in pre_tokenizers)
+    byte_level = [step for step in pre_tokenizers if step["type"] == "ByteLevel"]
+    if any(step.get("add_prefix_space", True) is not False for step in byte_level):
+        raise UnsupportedError(f"{file}: ByteLevel with add_prefix_space.", "Only false is supported.")
     prefix, always = _take_space_prefix(normalizers, pre_tokenizers)
     shell = {
         "version": "1.0",

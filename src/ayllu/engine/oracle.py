@@ -12,6 +12,7 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor
 
+from ayllu.engine.limits import DEFAULT_CONTEXT
 from ayllu.engine.sampling import Sampler, Sampling
 from ayllu.engine.sequence_cache import SequenceCache
 from ayllu.errors import ContextOverflowError, UsageError
@@ -31,7 +32,7 @@ class Oracle:
                 f"A context of {context} tokens is out of range.", f"This model takes 1 to {longest} tokens."
             )
         self.decoder = decoder
-        self.context = context or longest
+        self.context = context or min(longest, DEFAULT_CONTEXT)
         self.device = decoder.embed_tokens.weight.device
         self._cache = SequenceCache(decoder.config, self.device)
         self._seen: list[int] = []

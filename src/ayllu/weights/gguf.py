@@ -65,7 +65,7 @@ _STRINGS_AT_A_TIME = 1 << 15
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `shape` in row-major order (GGUF stores it reversed), `offset` from the file's start."""
+    """Where a tensor lies: `shape` is row-major (GGUF stores it reversed), `offset` from the file's start."""
 
     name: str
     shape: tuple[int, ...]

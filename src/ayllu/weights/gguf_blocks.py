@@ -179,7 +179,7 @@ def _encode_q4_1(blocks: Floats) -> Bytes:
 
 @dataclass(frozen=True)
 class BlockType:
-    """A ggml number format: `elements` numbers take `nbytes` bytes. Without a decoder only its size is known."""
+    """A ggml number format: `elements` numbers take `nbytes` bytes. Without a decoder only the size."""
 
     code: int
     name: str

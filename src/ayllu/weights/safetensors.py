@@ -2,7 +2,7 @@
 
 The header comes from strangers, so it is not given to a general JSON parser (a few megabytes can become
 gigabytes of objects). A tokeniser for exactly this schema reads it from the mapped bytes, and every rule of
-the format is checked before a tensor is handed out: no holes, overlaps or duplicates, sizes that multiply out.
+the format is checked before a tensor is handed out: no holes, overlaps or duplicates, sizes that add up.
 """
 
 from __future__ import annotations

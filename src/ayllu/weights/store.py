@@ -7,20 +7,16 @@ and appears by one rename once every hash is right, so a model is there entirely
 from __future__ import annotations
 
 import datetime
-import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ayllu.errors import (
-    AylluError,
     IntegrityError,
     ModelFileError,
     SourceError,
@@ -31,68 +27,22 @@ from ayllu.errors import (
 )
 from ayllu.progress import SILENT, Progress
 from ayllu.weights.catalogue import Catalogue, Entry, builtin_catalogue
-from ayllu.weights.sources import FORMS, Source, base, looks_like_path, parse_source
-from ayllu.weights.sources.base import Fetched, Limits, Order, Pinned
-from ayllu.weights.sources.files import link_or_copy, local_model_files
-from ayllu.weights.sources.safe_names import (
-    MODEL_NAME,
-    refuse_unless_model_file,
-    safe_digest,
-    safe_model_name,
+from ayllu.weights.installed import (
+    MANIFEST,
+    InstalledModel,
+    Manifest,
+    StoredFile,
+    in_place,
+    read_installed,
 )
+from ayllu.weights.sources import FORMS, Source, base, looks_like_path, parse_source
+from ayllu.weights.sources.base import Fetched, Intake, Limits, Order, Pinned
+from ayllu.weights.sources.files import take_in
+from ayllu.weights.sources.safe_names import MODEL_NAME, refuse_unless_model_file, safe_model_name
 
-MANIFEST = "ayllu-model.json"
+__all__ = ["InstalledModel", "Store", "StoredFile", "pull_with_fallback"]
+
 NOTICE = "NOTICE.txt"
-MOST_MANIFEST_BYTES = 4 << 20
-Format = Literal["gguf", "safetensors"]
-
-
-class StoredFile(BaseModel):
-    """One file of a model. `sha256` is None only for a path used in place, which nobody hashed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: Annotated[str, AfterValidator(lambda name: str(refuse_unless_model_file(name)))]
-    size_bytes: int = Field(ge=0)
-    sha256: Annotated[str, AfterValidator(safe_digest)] | None
-
-
-class Manifest(BaseModel):
-    """What is written beside a model's files: enough to list it, check it and say where it came from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    manifest_version: Literal[1] = 1
-    name: Annotated[str, AfterValidator(safe_model_name)]
-    source: str
-    licence: str
-    notice: str
-    pulled_at: str
-    files: tuple[StoredFile, ...] = Field(min_length=1)
-
-
-@dataclass(frozen=True)
-class InstalledModel:
-    """A model that can be opened. `path` is the GGUF file, or the folder of safetensors and configuration."""
-
-    name: str
-    path: Path
-    format: Format
-    files: tuple[StoredFile, ...]
-    source: str
-    licence: str = "unknown"
-    notice: str = ""
-    pulled_at: str = ""
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all files together."""
-        return sum(file.size_bytes for file in self.files)
-
-    @property
-    def sha256(self) -> str | None:
-        """The hash of a single-file (GGUF) model; None for a folder or a path used in place."""
-        return self.files[0].sha256 if self.format == "gguf" else None
 
 
 class Store:
@@ -103,21 +53,21 @@ class Store:
         root: Path,
         *,
         catalogue: Catalogue | None = None,
-        limits: Limits = Limits(),
+        limits: Limits | None = None,
         lock_wait_s: float = 3600.0,
     ) -> None:
         self.root = root.expanduser().absolute()
         self.catalogue = catalogue or builtin_catalogue()
-        self.limits = limits
+        self.limits = limits or Limits()
         self._lock_wait_s = lock_wait_s
         self._unreachable: dict[str, str] = {}
 
-    def list(self) -> list[InstalledModel]:
+    def list(self) -> Sequence[InstalledModel]:
         """Every complete model, by name. Anything damaged or unfinished is left out (see `damaged`)."""
         return [model for name in self._folders() if (model := self._readable(name)) is not None]
 
     def damaged(self) -> Sequence[str]:
-        """Names of model folders whose manifest or files are unreadable or gone: remove or pull them again."""
+        """Names of model folders whose manifest or files are unreadable or gone: remove, then pull them."""
         return [name for name in self._folders() if self._readable(name) is None]
 
     def find(self, name_or_path: str | Path) -> InstalledModel:
@@ -128,9 +78,11 @@ class Store:
         text = str(name_or_path)
         if MODEL_NAME.fullmatch(text) and (self.root / text).is_dir():
             return self._read(text)
-        path = Path(text).expanduser()
-        if isinstance(name_or_path, Path) or looks_like_path(text) or path.exists():
-            return _in_place(path)
+        if text.startswith(("hf:", "pypi:")):
+            return self._find_by_source(text)
+        path = Path(text.removeprefix("file:")).expanduser()
+        if isinstance(name_or_path, Path) or looks_like_path(text) or (path / "config.json").is_file():
+            return in_place(path)
         if self.catalogue.get(text):
             raise UnknownModelError(f"{text} is not on this machine yet.", f"Fetch it: ayllu pull {text}")
         known = [*self.catalogue.names(), *(model.name for model in self.list())]
@@ -138,6 +90,12 @@ class Store:
             f"No model is called {text!r}.{did_you_mean(text, known)}",
             "`ayllu list` shows what is installed and what can be pulled.",
         )
+
+    def _find_by_source(self, text: str) -> InstalledModel:
+        for model in self.list():
+            if model.source == text:
+                return model
+        raise UnknownModelError(f"{text} is not on this machine yet.", f"Fetch it: ayllu pull {text}")
 
     def ensure(self, name: str, progress: Progress = SILENT) -> InstalledModel:
         """The installed model of that name, pulled first when it is in the catalogue and not yet here."""
@@ -161,14 +119,15 @@ class Store:
         if entry is None:
             if MODEL_NAME.fullmatch(source_or_name) and self._readable(source_or_name):
                 return self._read(source_or_name)
+            known = self.catalogue.names()
             raise UnknownModelError(
-                f"No model is called {source_or_name!r}.{did_you_mean(source_or_name, self.catalogue.names())}",
-                f"Name one of {', '.join(self.catalogue.names())}; or a source: {FORMS}.",
+                f"No model is called {source_or_name!r}.{did_you_mean(source_or_name, known)}",
+                f"Name one of {', '.join(known)}; or a source: {FORMS}.",
             )
         return self._pull(entry.sources(), safe_model_name(name) if name else entry.name, entry, progress)
 
-    def remove(self, name: str) -> InstalledModel | None:
-        """Delete a model and anything an interrupted pull of it left. Returns what it was, None if unreadable."""
+    def require_removable(self, name: str) -> None:
+        """Raise UnknownModelError unless there is something of that name to remove."""
         if not MODEL_NAME.fullmatch(name) or not (
             (self.root / name).is_dir() or self._partial(name).is_dir()
         ):
@@ -177,6 +136,10 @@ class Store:
                 f"No model called {name!r} is installed.{did_you_mean(name, known)}",
                 "`ayllu list` shows what is installed.",
             )
+
+    def remove(self, name: str) -> InstalledModel | None:
+        """Delete a model and what an interrupted pull of it left. Returns what it was, None if damaged."""
+        self.require_removable(name)
         with self._locked(name):
             model = self._readable(name)
             self._discard(self.root / name)
@@ -184,7 +147,7 @@ class Store:
         return model
 
     def _pull(
-        self, sources: list[Source], name: str, entry: Entry | None, progress: Progress
+        self, sources: Sequence[Source], name: str, entry: Entry | None, progress: Progress
     ) -> InstalledModel:
         self._make_folders()
         with self._locked(name):
@@ -196,12 +159,15 @@ class Store:
                     f"{name} is already installed from {present.source}.",
                     f"Choose another name with --name, or first: ayllu remove {name}",
                 )
+            assembled = self._assembled(name)
+            if assembled is not None and _is_what_was_asked(assembled, sources, entry):
+                return self._reveal(name)
             source, files = self._fetch_from_first(sources, name, entry, progress)
             return self._publish(name, source, files, entry)
 
     def _fetch_from_first(
-        self, sources: list[Source], name: str, entry: Entry | None, progress: Progress
-    ) -> tuple[Source, list[Fetched]]:
+        self, sources: Sequence[Source], name: str, entry: Entry | None, progress: Progress
+    ) -> tuple[Source, Sequence[Fetched]]:
         """Try the sources in order; when all fail, one error that gives each one's reason."""
         folder = self._partial(name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +179,7 @@ class Store:
             label=f"pull {name}",
             unreachable=self._unreachable,
         )
-        failures: list[tuple[Source, AylluError]] = []
+        failures = []
         for source in sources:
             try:
                 with base.full_disk_is_typed(folder):
@@ -229,37 +195,47 @@ class Store:
         raise kind(f"No source of {name} delivered. {reasons}.", "Check the network, then pull again.")
 
     def _publish(
-        self, name: str, source: Source, files: list[Fetched], entry: Entry | None
+        self, name: str, source: Source, files: Sequence[Fetched], entry: Entry | None
     ) -> InstalledModel:
-        """Assemble the folder and make it visible with one rename."""
-        partial = self._partial(name)
-        ready = partial / "ready"
+        """Assemble the folder, then make it visible with one rename."""
+        ready = self._ready(name)
         shutil.rmtree(ready, ignore_errors=True)
-        ready.mkdir()
-        stored = []
-        for file in files:
-            target = ready / refuse_unless_model_file(file.name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if file.movable:
-                file.path.replace(target)
-            else:
-                link_or_copy(file.path, target)
-            stored.append(StoredFile(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256))
+        ready.mkdir(parents=True)
         manifest = Manifest(
             name=name,
             source=source.text,
             licence=entry.licence if entry else "unknown",
             notice=entry.notice if entry else "",
             pulled_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            files=tuple(sorted(stored, key=lambda file: file.name)),
+            files=tuple(
+                StoredFile(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256)
+                for file in sorted(files, key=lambda file: file.name)
+            ),
         )
         if manifest.notice:
             base.write_atomically(ready / NOTICE, f"{manifest.notice}\n".encode())
         base.write_atomically(ready / MANIFEST, manifest.model_dump_json(indent=2).encode())
+        for file in files:
+            target = ready / refuse_unless_model_file(file.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            take_in(file, target)
+            if file.intake is Intake.MOVE:
+                _flush_to_disk(target)
+        return self._reveal(name)
+
+    def _reveal(self, name: str) -> InstalledModel:
+        """The rename that makes a fully assembled model appear."""
         self._discard(self.root / name)
-        ready.rename(self.root / name)
-        shutil.rmtree(partial, ignore_errors=True)
+        self._ready(name).rename(self.root / name)
+        shutil.rmtree(self._partial(name), ignore_errors=True)
         return self._read(name)
+
+    def _assembled(self, name: str) -> InstalledModel | None:
+        """What a killed pull had put together but for the last rename, if it got that far."""
+        try:
+            return read_installed(self._ready(name))
+        except ModelFileError:
+            return None
 
     def _discard(self, folder: Path) -> None:
         """Take a folder out of sight with one rename, then delete it."""
@@ -270,23 +246,7 @@ class Store:
             shutil.rmtree(bin_folder, ignore_errors=True)
 
     def _read(self, name: str) -> InstalledModel:
-        """The model in folder `name`. Raises ModelFileError when the manifest is bad or a file is gone or cut."""
-        file = self.root / name / MANIFEST
-        fix = f"Remove and fetch it again: ayllu remove {name} && ayllu pull {name}"
-        try:
-            if file.stat().st_size > MOST_MANIFEST_BYTES:
-                raise ModelFileError(file, "manifest too large", fix=fix)
-            manifest = Manifest.model_validate_json(file.read_bytes())
-        except (OSError, ValidationError, json.JSONDecodeError, UsageError, UnsupportedError) as error:
-            raise ModelFileError(file, "no readable manifest", fix=fix) from error
-        if manifest.name != name:
-            raise ModelFileError(file, "manifest of another model", expected=name, got=manifest.name, fix=fix)
-        for stored in manifest.files:
-            path = self.root / name / stored.name
-            size = path.stat().st_size if path.is_file() else None
-            if size != stored.size_bytes:
-                raise ModelFileError(path, "size differs", expected=stored.size_bytes, got=size, fix=fix)
-        return _installed(manifest, self.root / name)
+        return read_installed(self.root / name)
 
     def _readable(self, name: str) -> InstalledModel | None:
         try:
@@ -303,6 +263,9 @@ class Store:
 
     def _partial(self, name: str) -> Path:
         return self.root / ".partial" / safe_model_name(name)
+
+    def _ready(self, name: str) -> Path:
+        return self._partial(name) / "ready" / name
 
     def _make_folders(self) -> None:
         try:
@@ -335,7 +298,7 @@ class Store:
 def pull_with_fallback(
     store: Store, name: str, progress: Progress = SILENT
 ) -> tuple[InstalledModel, list[str]]:
-    """Pull `name`, or, when none of its sources delivers, the nearest smaller catalogue model that can be had.
+    """Pull `name`, or, when none of its sources delivers, the nearest smaller catalogue model.
 
     Returns the model and what to tell the person, one line each (empty when `name` itself was delivered).
     Raises the first error when every fallback fails too.
@@ -359,35 +322,13 @@ def pull_with_fallback(
     raise first
 
 
-def _is_what_was_asked(present: InstalledModel, sources: list[Source], entry: Entry | None) -> bool:
+def _is_what_was_asked(present: InstalledModel, sources: Sequence[Source], entry: Entry | None) -> bool:
     if entry is not None and entry.sha256 is not None:
         return present.sha256 == entry.sha256
     return present.source in {source.text for source in sources}
 
 
-def _installed(manifest: Manifest, folder: Path) -> InstalledModel:
-    gguf = [file for file in manifest.files if file.name.lower().endswith(".gguf")]
-    is_gguf = len(gguf) == 1
-    return InstalledModel(
-        name=manifest.name,
-        path=folder / gguf[0].name if is_gguf else folder,
-        format="gguf" if is_gguf else "safetensors",
-        files=(*gguf, *(file for file in manifest.files if file not in gguf)),
-        source=manifest.source,
-        licence=manifest.licence,
-        notice=manifest.notice,
-        pulled_at=manifest.pulled_at,
-    )
-
-
-def _in_place(path: Path) -> InstalledModel:
-    """The model at `path`, not imported. Its files are named and sized, not hashed."""
-    wanted = local_model_files(path)
-    files = tuple(StoredFile(name=file.name, size_bytes=file.stat().st_size, sha256=None) for file in wanted)
-    return InstalledModel(
-        name=path.stem if path.is_file() else path.resolve().name,
-        path=path.absolute(),
-        format="gguf" if path.is_file() else "safetensors",
-        files=files,
-        source=f"file:{path.absolute()}",
-    )
+def _flush_to_disk(path: Path) -> None:
+    """Have the system write the file out, so that a power cut cannot leave a hole in a listed model."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

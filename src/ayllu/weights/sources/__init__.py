@@ -1,20 +1,34 @@
-"""Where models come from: a hub (`hf:`), Python packages (`pypi:`), this machine (`file:`), mirrors (`https:`).
+"""Where models come from: a hub (`hf:`), Python packages (`pypi:`), this machine (`file:`), web mirrors.
 
 Each source only brings verified files into a folder it is given; the store decides what becomes a model.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from ayllu.errors import UsageError, clip
+from ayllu.errors import UnknownModelError, UsageError, clip
 from ayllu.weights.sources.base import Source
 from ayllu.weights.sources.files import FileSource
 from ayllu.weights.sources.hub import HubSource
 from ayllu.weights.sources.packages import PackageSource
 from ayllu.weights.sources.web import WebSource
 
+__all__ = [
+    "FORMS",
+    "FileSource",
+    "HubSource",
+    "PackageSource",
+    "Source",
+    "WebSource",
+    "looks_like_path",
+    "parse_source",
+]
+
 FORMS = "hf:org/name[@revision][/file], pypi:package==version, or file:PATH"
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def looks_like_path(text: str) -> bool:
@@ -40,6 +54,10 @@ def parse_source(text: str) -> Source | None:
             f"Download it yourself and use file:PATH, or name one of: {FORMS}.",
         )
     if looks_like_path(text):
+        if _REPOSITORY.fullmatch(text) and not Path(text).exists():
+            raise UnknownModelError(
+                f"There is no file {text}.", f"On a hub it would be: ayllu pull hf:{text}"
+            )
         return FileSource(Path(text).expanduser().absolute())
     if colon:
         raise UsageError(

@@ -12,10 +12,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from ayllu.errors import IntegrityError, NoSpaceError
+from ayllu.errors import NoSpaceError
 from ayllu.progress import SILENT, Progress
 
 BLOCK_BYTES = 1 << 20
@@ -58,15 +59,23 @@ class Order:
     unreachable: dict[str, str] = field(default_factory=dict)
 
 
+class Intake(Enum):
+    """How a fetched file gets from where it lies into the store."""
+
+    MOVE = "it is ours: rename it"
+    LINK_OR_COPY = "it is a person's file: hard link, or copy when it is on another disk"
+    LINK_OR_POINT = "the hub cache keeps it: hard link, or symbolic link when the cache is on another disk"
+
+
 @dataclass(frozen=True)
 class Fetched:
-    """One verified file. `movable` says whether it is ours to move, or someone else's, to be linked."""
+    """One verified file, and how the store takes it in."""
 
     name: str
     path: Path
     size_bytes: int
     sha256: str
-    movable: bool = True
+    intake: Intake = Intake.MOVE
 
 
 class Source(Protocol):
@@ -108,23 +117,12 @@ def blocks_of(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def require_sha256(path: Path, expected: str, where: str) -> None:
-    """Raise IntegrityError, and remove the file, unless its SHA-256 is `expected`."""
-    got = sha256_of(path)
-    if got != expected:
-        path.unlink()
-        raise IntegrityError(
-            f"{where} delivered bytes with SHA-256 {got[:16]}…, but {expected[:16]}… was promised.",
-            "The bad bytes were removed. Pull again, or use another source.",
-        )
-
-
 def require_space(folder: Path, needed_bytes: int) -> None:
     """Raise NoSpaceError, with both figures, unless `folder`'s disk has `needed_bytes` and a little spare."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes + SPARE_BYTES:
         raise NoSpaceError(
-            f"{gigabytes(needed_bytes + SPARE_BYTES)} are needed in {folder}, but only {gigabytes(free)} are free.",
+            f"{folder} needs {gigabytes(needed_bytes + SPARE_BYTES)}, but only {gigabytes(free)} are free.",
             "Free some space, choose a smaller model, or set AYLLU_STORE to a folder on a larger disk.",
         )
 

@@ -6,6 +6,7 @@ gigabytes and nobody edits them in place. Deleting the original later therefore 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import unicodedata
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from ayllu.errors import IntegrityError, ModelFileError, UnknownModelError
 from ayllu.weights.sources import base
-from ayllu.weights.sources.base import Fetched, Order
+from ayllu.weights.sources.base import Fetched, Intake, Order
 from ayllu.weights.sources.safe_names import is_model_file, is_pickle, model_name_from, safe_name
 
 GGUF_MAGIC = b"GGUF"
@@ -42,10 +43,12 @@ class FileSource:
             for path in wanted:
                 digest = base.sha256_of(path, task.advance)
                 name = str(safe_name(unicodedata.normalize("NFKC", path.name)))
-                fetched.append(Fetched(name, path.resolve(), path.stat().st_size, digest, movable=False))
+                fetched.append(
+                    Fetched(name, path.resolve(), path.stat().st_size, digest, Intake.LINK_OR_COPY)
+                )
         if order.pinned.sha256 is not None and fetched[0].sha256 != order.pinned.sha256:
             raise IntegrityError(
-                f"{self.path} has SHA-256 {fetched[0].sha256[:16]}…, but {order.pinned.sha256[:16]}… is promised.",
+                f"{self.path} has SHA-256 {fetched[0].sha256[:16]}…, not {order.pinned.sha256[:16]}….",
                 "The file was left alone. Fetch it again.",
             )
         return fetched
@@ -81,11 +84,19 @@ def local_model_files(path: Path) -> list[Path]:
     return [item for item in inside if is_model_file(item.name) and not is_pickle(item.name)]
 
 
-def link_or_copy(original: Path, target: Path) -> None:
-    """Make `target` hold the bytes of `original`: a hard link where the filesystem allows, else a copy."""
+def take_in(file: Fetched, target: Path) -> None:
+    """Make `target` hold the bytes of `file`, in the way its intake says."""
+    if file.intake is Intake.MOVE:
+        file.path.replace(target)
+        return
+    original = file.path.resolve()
     try:
         target.hardlink_to(original)
     except OSError:
-        base.require_space(target.parent, original.stat().st_size)
+        if file.intake is Intake.LINK_OR_POINT:
+            with contextlib.suppress(OSError):
+                target.symlink_to(original)
+                return
+        base.require_space(target.parent, file.size_bytes)
         with base.full_disk_is_typed(target.parent):
             shutil.copyfile(original, target)

@@ -19,7 +19,7 @@ import httpx2
 from ayllu import __version__
 from ayllu.errors import AylluError, IntegrityError, SourceError, UsageError, clip
 from ayllu.weights.sources import base
-from ayllu.weights.sources.base import Fetched, Limits, Order
+from ayllu.weights.sources.base import Fetched, Intake, Limits, Order
 from ayllu.weights.sources.hub_cache import HubCache, HubFile
 from ayllu.weights.sources.hub_choice import choose_files
 from ayllu.weights.sources.safe_names import (
@@ -100,7 +100,9 @@ class HubSource:
             digest = digests[file.name]
             assert digest is not None, file.name
             cache.point(commit, file)
-            fetched.append(Fetched(file.name, cache.blob(file), file.size_bytes, digest, movable=False))
+            fetched.append(
+                Fetched(file.name, cache.blob(file), file.size_bytes, digest, Intake.LINK_OR_POINT)
+            )
         cache.note_revision(self.revision, commit)
         return fetched
 
@@ -143,7 +145,6 @@ class HubSource:
 
     def _download(self, file: HubFile, commit: str, order: Order) -> Download:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
 
         is_sha256 = SHA256.fullmatch(file.digest) is not None
         return Download(
@@ -153,7 +154,7 @@ class HubSource:
             size_bytes=file.size_bytes,
             sha256=file.digest if is_sha256 else None,
             git_blob=None if is_sha256 else file.digest,
-            headers=build_hf_headers(library_name="ayllu", library_version=__version__),
+            headers=_headers(),
         )
 
 
@@ -162,6 +163,16 @@ def hub_endpoint() -> str:
     from huggingface_hub import constants
 
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def _headers() -> dict[str, str]:
+    """Who is asking, and with whose token: the one the hub library finds, unless it was told not to."""
+    from huggingface_hub import constants, get_token
+
+    headers = {"User-Agent": f"ayllu/{__version__}"}
+    if not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN and (token := get_token()):
+        headers["Authorization"] = f"Bearer {token}"
+    return headers
 
 
 def _quiet_library() -> None:
@@ -173,12 +184,15 @@ def _quiet_library() -> None:
 
 
 def _patience(limits: Limits) -> float:
-    """A timeout for the hub library. It hands it to its HTTP client unread, which also takes one per phase."""
+    """A timeout for the hub library, which hands it unread to an HTTP client that takes one per phase."""
     return cast(float, httpx2.Timeout(limits.stall_s, connect=limits.connect_s))
 
 
 def _hub_file(name: str, digest: str | None, size: int | None, endpoint: str) -> HubFile:
-    refuse_unless_model_file(name)
+    try:
+        refuse_unless_model_file(name)
+    except UsageError as error:
+        raise SourceError(error.problem, error.fix) from error
     if digest is None or not (SHA256.fullmatch(digest) or SHA1.fullmatch(digest)):
         raise SourceError(f"{endpoint} gives no digest for {clip(name)}.", "Use another source.")
     if not isinstance(size, int) or not 0 <= size < 1 << 50:
@@ -191,7 +205,7 @@ def _refuse_other_bytes(files: list[HubFile], order: Order) -> None:
     pinned = order.pinned.sha256
     if pinned is not None and [file.digest for file in files] != [pinned]:
         raise IntegrityError(
-            f"The hub offers {files[0].name} with digest {files[0].digest[:16]}…, but {pinned[:16]}… is promised.",
+            f"The hub offers {files[0].name} with digest {files[0].digest[:16]}…, not {pinned[:16]}….",
             "Nothing was fetched. Use another source.",
         )
 
@@ -203,8 +217,6 @@ def _typed_errors(source: str, endpoint: str, unreachable: dict[str, str]) -> It
 
     try:
         yield
-    except UsageError as error:
-        raise SourceError(error.problem, error.fix) from error
     except AylluError:
         raise
     except errors.GatedRepoError as error:

@@ -25,7 +25,7 @@ MOST_INDEX_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a repository. `digest` is SHA-256 (64 digits) for large files, git's blob id (40) for small."""
+    """One file of a repository. `digest`: SHA-256 (64 digits) of a large, git blob id (40) of a small one."""
 
     name: str
     size_bytes: int
@@ -104,7 +104,7 @@ class HubCache:
             base.write_atomically(reference, commit.encode())
 
     def offline(self, revision: str, wanted: str | None) -> tuple[str, list[HubFile]] | None:
-        """Commit and files of a complete cached snapshot, or None when something is missing or unverifiable."""
+        """Commit and files of a complete cached snapshot; None when something is missing or unverifiable."""
         commit = revision
         if not SHA1.fullmatch(revision):
             with contextlib.suppress(OSError, UnicodeDecodeError):

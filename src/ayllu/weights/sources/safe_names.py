@@ -17,8 +17,10 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 SHA1 = re.compile(r"[0-9a-f]{40}")
 
 PICKLE_SUFFIXES = frozenset(
-    (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".h5", ".hdf5", ".keras")
-    + (".joblib", ".dill", ".msgpack", ".ot", ".pdparams", ".zip", ".7z", ".tar", ".gz", ".tgz")
+    (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".h5", ".hdf5", ".keras", ".joblib")
+)
+ARCHIVE_SUFFIXES = frozenset(
+    (".zip", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".msgpack", ".dill", ".ot")
 )
 WEIGHT_SUFFIXES = frozenset((".safetensors", ".gguf"))
 COMPANION_SUFFIXES = frozenset((".json", ".jinja", ".model", ".tiktoken"))
@@ -78,11 +80,11 @@ def _component_problem(part: str) -> str | None:
 
 
 def safe_model_name(name: str) -> str:
-    """`name` if it may name a model in the store (lower-case letters, digits, `.`, `_`, `-`), else UsageError."""
+    """`name` if it may name a model in the store (lower-case letters, digits, `.`, `_`, `-`)."""
     if not MODEL_NAME.fullmatch(name) or ".." in name or _name_problem(name):
         raise UsageError(
             f"{clip(ascii(name))} cannot name a model.",
-            "Use 1 to 96 lower-case letters, digits, dots, dashes or underscores, starting with a letter or digit.",
+            "Use 1 to 96 lower-case letters, digits, dots, dashes or underscores; no dot or dash first.",
         )
     return name
 
@@ -124,7 +126,9 @@ def is_model_file(name: str) -> bool:
 
 def is_pickle(name: str) -> bool:
     """True for file types that run code when opened, or that wrap such files. None is fetched or opened."""
-    return any(suffix.lower() in PICKLE_SUFFIXES for suffix in PurePosixPath(name).suffixes)
+    return any(
+        suffix.lower() in PICKLE_SUFFIXES | ARCHIVE_SUFFIXES for suffix in PurePosixPath(name).suffixes
+    )
 
 
 def refuse_unless_model_file(name: str) -> PurePosixPath:
@@ -132,8 +136,8 @@ def refuse_unless_model_file(name: str) -> PurePosixPath:
     path = safe_name(name)
     if is_pickle(name):
         raise UnsupportedError(
-            f"{clip(name)} is a pickle or an archive, which could run code when opened; ayllu never fetches those.",
-            "Look for the model's safetensors or GGUF files.",
+            f"{clip(name)} is a pickle or an archive, which could run code when opened.",
+            "ayllu never fetches those. Look for the model's safetensors or GGUF files.",
         )
     if not is_model_file(name):
         raise UnsupportedError(

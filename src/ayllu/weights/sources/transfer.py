@@ -32,8 +32,8 @@ MOST_REDIRECTS = 5
 class Download:
     """One file to bring: `name` for people, `path` where its bytes grow.
 
-    Exactly one of `sha256` and `git_blob` is what the content is checked against. `size_bytes` is exact. `headers` (for example authorisation) go to the address itself and never to another
-    host it redirects to.
+    Exactly one of `sha256` and `git_blob` is what the content is checked against. `size_bytes` is exact.
+    `headers` (authorisation, say) go to the address itself, never to another host it redirects to.
     """
 
     name: str
@@ -108,9 +108,13 @@ def _verified(wanted: Download) -> str | None:
     right = digest == wanted.sha256 if wanted.sha256 else base.git_blob_id(wanted.path) == wanted.git_blob
     if right:
         return digest
-    wanted.path.unlink()
-    wanted.note.unlink(missing_ok=True)
+    _discard(wanted)
     return None
+
+
+def _discard(wanted: Download) -> None:
+    wanted.path.unlink(missing_ok=True)
+    wanted.note.unlink(missing_ok=True)
 
 
 class _Transfer:
@@ -124,17 +128,16 @@ class _Transfer:
         self._advance = advance
         self._unreachable = unreachable
         if wanted.present_bytes() > wanted.size_bytes:
-            self.start_over()
+            _discard(wanted)
         self._have = wanted.present_bytes()
-        advance(self._have)
         self._validator = self._noted_validator()
+        advance(self._have)
 
     def start_over(self) -> None:
         """Forget what is there."""
-        self._wanted.path.unlink(missing_ok=True)
-        self._wanted.note.unlink(missing_ok=True)
+        _discard(self._wanted)
         self._have = 0
-        self._validator: str | None = None
+        self._validator = None
 
     def complete(self) -> None:
         """Request after request until the file has its full length."""
@@ -270,7 +273,7 @@ class _Transfer:
 
 
 def _not_too_slow(blocks: Iterator[bytes], window_s: float) -> Iterator[bytes]:
-    """Pass blocks on; give up when a whole window brings less than 1 KiB/s, which no timeout between bytes sees."""
+    """Pass blocks on; give up on less than 1 KiB/s, which no timeout between two bytes notices."""
     started, received = time.monotonic(), 0
     for block in blocks:
         received += len(block)

@@ -1,0 +1,175 @@
+"""`ayllu chat`: a conversation in the terminal, or one answer in a pipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ayllu.chat.messages import Message
+    from ayllu.cli.measure import Timing
+    from ayllu.engine.loaded_model import Answer, LoadedModel
+    from ayllu.settings import Settings
+
+
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(help="Name of a model, or a path. Default: the setting default_model.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="Ask this once and exit. Piped input is put after it."),
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", help="Image file for the first message; may be repeated.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.6,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 0.9,
+    top_k: Annotated[int, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Context window in tokens. Default: 8192, or the model's own.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object.")] = False,
+    timing: Annotated[
+        bool, typer.Option("--timing", help="Print times and memory to standard error.")
+    ] = False,
+) -> None:
+    """Talk to a model.
+
+    On a terminal this opens a conversation; /help lists its commands. In a pipe it answers once:
+    cat report.txt | ayllu chat -p "Summarise this."
+    """
+    from ayllu.cli.measure import Timing
+    from ayllu.engine.sampling import Sampling
+    from ayllu.settings import load_settings
+
+    clock = Timing()
+    settings = load_settings({"device": device, "dtype": dtype})
+    one_answer = prompt is not None or as_json or not sys.stdin.isatty()
+    question = _question(prompt) if one_answer else None
+    images = [_read_image(path) for path in image or ()]
+    sampling = Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    path = _find_or_pull(model, settings)
+    loaded = _open(path, context, settings, clock)
+    if question is None:
+        from ayllu.cli.conversation import Conversation
+
+        Conversation(
+            loaded,
+            name=path.stem if path.is_file() else path.name,
+            system=system,
+            images=images,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            clock=clock if timing else None,
+        ).run()
+        return
+    messages = _messages(system, question, images)
+    answer = loaded.answer(messages, sampling=sampling, max_new_tokens=max_tokens)
+    _print_answer(answer, path, as_json)
+    if timing:
+        clock.report(answer, loaded)
+
+
+def _question(prompt: str | None) -> str:
+    from ayllu.cli.text_input import decode_text
+    from ayllu.errors import UsageError
+
+    piped = ""
+    if not sys.stdin.isatty():
+        piped, encoding = decode_text(sys.stdin.buffer.read())
+        if encoding != "utf-8":
+            print(f"(read the input as {encoding})", file=sys.stderr)
+    question = "\n\n".join(part for part in (prompt or "", piped.strip("\r\n")) if part.strip())
+    if not question:
+        raise UsageError("There is nothing to answer.", 'Give a prompt: ayllu chat -p "…", or pipe text in.')
+    return question
+
+
+def _read_image(path: Path) -> bytes:
+    from ayllu.errors import ImageError
+
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
+
+
+def _find_or_pull(model: str | None, settings: Settings) -> Path:
+    """Where the model's files are. The default model is fetched on first use, as nobody asked for another."""
+    from ayllu.errors import UnknownModelError
+    from ayllu.progress import TerminalProgress
+    from ayllu.weights.store import Store, pull_with_fallback
+
+    store = Store(settings.store)
+    if model is not None:
+        return store.find(model).path
+    try:
+        return store.find(settings.default_model).path
+    except UnknownModelError:
+        installed, notes = pull_with_fallback(store, settings.default_model, TerminalProgress(0))
+    for note in notes:
+        print(note, file=sys.stderr)
+    return installed.path
+
+
+def _open(path: Path, context: int | None, settings: Settings, clock: Timing) -> LoadedModel:
+    from ayllu.engine.loaded_model import open_model
+    from ayllu.progress import TerminalProgress
+
+    loaded = open_model(
+        path, context=context, device=settings.device, dtype=settings.dtype, progress=TerminalProgress()
+    )
+    clock.loaded()
+    return loaded
+
+
+def _messages(system: str | None, question: str, images: list[bytes]) -> list[Message]:
+    from ayllu.chat.messages import ImagePart, Message, TextPart
+
+    content = (*(ImagePart(data) for data in images), TextPart(question)) if images else question
+    messages = [Message("system", system)] if system else []
+    return [*messages, Message("user", content)]
+
+
+def _print_answer(answer: Answer, path: Path, as_json: bool) -> None:
+    pieces = []
+    try:
+        for piece in answer:
+            pieces.append(piece)
+            if not as_json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        if not as_json:
+            print(file=sys.stderr)
+            raise typer.Exit(130) from None
+    if not as_json:
+        if not "".join(pieces).endswith("\n"):
+            print()
+        return
+    result = {
+        "model": path.stem if path.is_file() else path.name,
+        "text": "".join(pieces),
+        "finish_reason": answer.finish_reason,
+        "usage": {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.new_tokens},
+    }
+    print(json.dumps(result, ensure_ascii=False))

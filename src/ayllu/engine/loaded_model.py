@@ -1,0 +1,195 @@
+"""A model ready to talk: network, tokenizer and chat format, opened together from one path."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ayllu.chat.detokenizer import StreamDecoder
+from ayllu.chat.formats import ChatFormat, chat_format_for
+from ayllu.chat.messages import Message, ToolDefinition
+from ayllu.chat.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
+from ayllu.engine.sampling import Sampling
+from ayllu.errors import ModelFileError, UnsupportedError
+from ayllu.progress import SILENT, Progress
+from ayllu.weights.checkpoint import Checkpoint, open_checkpoint
+
+MAX_TEMPLATE_BYTES = 1 << 20
+
+
+@dataclass
+class Answer:
+    """One answer while it is being made: iterate over it for the text, then read the counts.
+
+    finish_reason is 'stop' (the model ended), 'length' (a limit) or 'cancelled' (the caller stopped early).
+    """
+
+    pieces: Iterator[str]
+    prompt_tokens: int
+    new_tokens: int = 0
+    finish_reason: str = "cancelled"
+    started: float = field(default_factory=time.perf_counter)
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self.pieces
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        return None if self.first_token_at is None else self.first_token_at - self.started
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Speed after the first token; None for answers too short to tell."""
+        if self.first_token_at is None or self.last_token_at is None or self.new_tokens < 2:
+            return None
+        return (self.new_tokens - 1) / max(self.last_token_at - self.first_token_at, 1e-9)
+
+
+class LoadedModel:
+    """Answers conversations. Not for use by two callers at once."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, tokenizer: Tokenizer, chat_format: ChatFormat, *, context: int | None,
+        device: str, dtype: str, progress: Progress,
+    ) -> None:  # fmt: skip
+        # Torch takes seconds to import: by now the cheap parts have been checked.
+        from ayllu.engine.oracle import Oracle
+        from ayllu.weights.load import choose_device, choose_dtype, load_decoder, memory_bytes, require_memory
+
+        self.checkpoint = checkpoint
+        self.tokenizer = tokenizer
+        self.chat_format = chat_format
+        target = choose_device(device)
+        precision = choose_dtype(dtype, target)
+        require_memory(memory_bytes(checkpoint.config, precision), target)
+        decoder = load_decoder(checkpoint, device=target, dtype=precision, progress=progress)
+        self.oracle = Oracle(decoder, context)
+        self.device = str(target)
+        self.dtype = str(precision).removeprefix("torch.")
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[ToolDefinition] = (),
+        sampling: Sampling | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Answer:
+        """The answer to a conversation, made while it is iterated.
+
+        Raises ContextOverflowError, ImageError or TemplateError.
+        """
+        prompt = self.chat_format.render(messages, tools)
+        answer = Answer(iter(()), len(prompt.token_ids))
+        answer.pieces = self._pieces(
+            answer, prompt.token_ids, prompt.images, sampling or Sampling(), max_new_tokens
+        )
+        return answer
+
+    def _pieces(
+        self,
+        answer: Answer,
+        tokens: Sequence[int],
+        images: Sequence[object],
+        sampling: Sampling,
+        max_new_tokens: int | None,
+    ) -> Iterator[str]:
+        decoder = StreamDecoder(self.tokenizer, skip_specials=True)
+        pixels = _pixels(images)
+        limit = min(max_new_tokens or self.oracle.context, self.oracle.context - len(tokens))
+        generated = self.oracle.generate(
+            tokens, sampling, max_new_tokens=limit, stop_ids=self.chat_format.stop_ids, pixels=pixels
+        )
+        for token in generated:
+            answer.last_token_at = time.perf_counter()
+            if answer.first_token_at is None:
+                answer.first_token_at = answer.last_token_at
+            answer.new_tokens += 1
+            if text := decoder.push(token):
+                yield text
+        answer.finish_reason = "length" if answer.new_tokens >= limit else "stop"
+        if text := decoder.finish():
+            yield text
+
+
+def _pixels(images: Sequence[object]) -> object:
+    if not images:
+        return None
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.concatenate([image.pixels for image in images]))
+
+
+def open_model(
+    path: Path,
+    *,
+    context: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = SILENT,
+) -> LoadedModel:
+    """Open a .gguf file or a folder of safetensors and load it.
+
+    Raises ModelFileError, UnsupportedError, NoSpaceError, MissingExtraError (torch) or UsageError.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        # Importing torch and building a large vocabulary take about as long; neither needs the other.
+        importing = pool.submit(_import_torch)
+        checkpoint = open_checkpoint(path)
+        tokenizer = tokenizer_for(checkpoint)
+        chat_format = chat_format_for(tokenizer, chat_template(checkpoint), checkpoint.config.architecture)
+        importing.result()
+    return LoadedModel(
+        checkpoint, tokenizer, chat_format, context=context, device=device, dtype=dtype, progress=progress
+    )
+
+
+def _import_torch() -> None:
+    import ayllu.weights.load  # noqa: F401
+
+
+def tokenizer_for(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer that came with the weights."""
+    if checkpoint.format == "gguf":
+        tokenizer = tokenizer_from_gguf(checkpoint.metadata, checkpoint.path)
+    else:
+        tokenizer = load_tokenizer(checkpoint.path)
+    return tokenizer.with_embedding_rows(checkpoint.config.vocab_size)
+
+
+def chat_template(checkpoint: Checkpoint) -> str | None:
+    """The jinja template that came with the weights, or None."""
+    if checkpoint.format == "gguf":
+        template = checkpoint.metadata.get("tokenizer.chat_template")
+        return template if isinstance(template, str) else None
+    own_file = checkpoint.path / "chat_template.jinja"
+    if own_file.is_file():
+        return _small_text(own_file)
+    config_file = checkpoint.path / "tokenizer_config.json"
+    if not config_file.is_file():
+        return None
+    try:
+        config = json.loads(_small_text(config_file, 16 * MAX_TEMPLATE_BYTES))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ModelFileError(config_file, "is not valid JSON") from error
+    template = config.get("chat_template") if isinstance(config, dict) else None
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _small_text(file: Path, limit: int = MAX_TEMPLATE_BYTES) -> str:
+    if file.stat().st_size > limit:
+        raise UnsupportedError(f"{file} is larger than {limit} bytes.", "Remove the file to go without it.")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelFileError(file, "is not UTF-8 text") from error

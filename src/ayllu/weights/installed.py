@@ -1,0 +1,122 @@
+"""What the store knows about one model: its files, where it came from, under which licence.
+
+The manifest is written beside the files by the rename that makes a model appear. It is read back as strictly
+as anything from outside: its names and digests pass the same checks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from ayllu.errors import ModelFileError, UnsupportedError, UsageError
+from ayllu.weights.sources.files import local_model_files
+from ayllu.weights.sources.safe_names import refuse_unless_model_file, safe_digest, safe_model_name
+
+MANIFEST = "ayllu-model.json"
+MOST_MANIFEST_BYTES = 4 << 20
+Format = Literal["gguf", "safetensors"]
+
+
+class StoredFile(BaseModel):
+    """One file of a model. `sha256` is None only for a path used in place, which nobody hashed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, AfterValidator(lambda name: str(refuse_unless_model_file(name)))]
+    size_bytes: int = Field(ge=0)
+    sha256: Annotated[str, AfterValidator(safe_digest)] | None
+
+
+class Manifest(BaseModel):
+    """What is written beside a model's files: enough to list it, check it and say where it came from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    manifest_version: Literal[1] = 1
+    name: Annotated[str, AfterValidator(safe_model_name)]
+    source: str
+    licence: str
+    notice: str
+    pulled_at: str
+    files: tuple[StoredFile, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class InstalledModel:
+    """A model that can be opened. `path` is the GGUF file, or the folder of safetensors and configuration."""
+
+    name: str
+    path: Path
+    format: Format
+    files: tuple[StoredFile, ...]
+    source: str
+    licence: str = "unknown"
+    notice: str = ""
+    pulled_at: str = ""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.size_bytes for file in self.files)
+
+    @property
+    def sha256(self) -> str | None:
+        """The hash of a single-file (GGUF) model; None for a folder or a path used in place."""
+        return self.files[0].sha256 if self.format == "gguf" else None
+
+
+def read_installed(folder: Path) -> InstalledModel:
+    """The model in `folder`, which bears its name.
+
+    Raises ModelFileError when the manifest is unreadable or another's, or when a file is gone or cut.
+    """
+    file, name = folder / MANIFEST, folder.name
+    fix = f"Remove it and fetch it again: ayllu remove {name} && ayllu pull {name}"
+    try:
+        if file.stat().st_size > MOST_MANIFEST_BYTES:
+            raise ModelFileError(file, "manifest too large", fix=fix)
+        manifest = Manifest.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError, UsageError, UnsupportedError) as error:
+        raise ModelFileError(file, "no readable manifest", fix=fix) from error
+    if manifest.name != name:
+        raise ModelFileError(file, "manifest of another model", expected=name, got=manifest.name, fix=fix)
+    for stored in manifest.files:
+        path = folder / stored.name
+        size = path.stat().st_size if path.is_file() else None
+        if size != stored.size_bytes:
+            raise ModelFileError(
+                path, "size differs", expected=stored.size_bytes, got=size or "no file", fix=fix
+            )
+    return installed(manifest, folder)
+
+
+def installed(manifest: Manifest, folder: Path) -> InstalledModel:
+    gguf = [file for file in manifest.files if file.name.lower().endswith(".gguf")]
+    is_gguf = len(gguf) == 1
+    return InstalledModel(
+        name=manifest.name,
+        path=folder / gguf[0].name if is_gguf else folder,
+        format="gguf" if is_gguf else "safetensors",
+        files=(*gguf, *(file for file in manifest.files if file not in gguf)),
+        source=manifest.source,
+        licence=manifest.licence,
+        notice=manifest.notice,
+        pulled_at=manifest.pulled_at,
+    )
+
+
+def in_place(path: Path) -> InstalledModel:
+    """The model at `path`, not imported. Its files are named and sized, not hashed."""
+    wanted = local_model_files(path)
+    files = tuple(StoredFile(name=file.name, size_bytes=file.stat().st_size, sha256=None) for file in wanted)
+    return InstalledModel(
+        name=path.stem if path.is_file() else path.resolve().name,
+        path=path.absolute(),
+        format="gguf" if path.is_file() else "safetensors",
+        files=files,
+        source=f"file:{path.absolute()}",
+    )
