@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-BLOCK = 16384
 COMMIT = "c0ffee" + "0" * 34
 
 
@@ -35,6 +34,7 @@ class Served:
     ignores_range: bool = False
     range_shift: int = 0
     pause_s: float = 0.0
+    block: int = 16384
     redirect: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
     body_bytes_sent: int = 0
@@ -72,7 +72,9 @@ class Loopback:
         self._server = Server(("127.0.0.1", 0), Handler)
         self.port = self._server.server_address[1]
         self.base = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     def url(self, path: str) -> str:
         return self.base + path
@@ -92,13 +94,19 @@ class Loopback:
             if listed:
                 sibling |= {"size": len(data), "blobId": blob_id}
             resolve = f"/{repository}/resolve/{COMMIT}/{name}"
+            by_revision = f"/{repository}/resolve/{revision}/{name}"
             if name.endswith((".safetensors", ".gguf", ".bin")):
                 sha256 = hashlib.sha256(data).hexdigest()
                 if listed:
                     sibling["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 130}
-                headers = {"X-Repo-Commit": COMMIT, "X-Linked-ETag": f'"{sha256}"', "X-Linked-Size": str(len(data))}
+                headers = {
+                    "X-Repo-Commit": COMMIT,
+                    "X-Linked-ETag": f'"{sha256}"',
+                    "X-Linked-Size": str(len(data)),
+                }
                 target = f"http://localhost:{self.port}/cdn/{sha256}"
-                self.serve(resolve, b"", redirect=target, headers=headers)
+                for address in (resolve, by_revision):
+                    self.serve(address, b"", redirect=target, headers=headers)
                 served[name] = self.serve(f"/cdn/{sha256}", data, etag=f'"{sha256}"')
             else:
                 headers = {"X-Repo-Commit": COMMIT}
@@ -123,7 +131,9 @@ class Loopback:
         else:
             self._send(request, served, body)
 
-    def _short(self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str] | None = None) -> None:
+    def _short(
+        self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str] | None = None
+    ) -> None:
         request.send_response(status)
         for name, value in (headers or {}).items():
             request.send_header(name, value)
@@ -165,8 +175,8 @@ class Loopback:
         cut = served.cuts.pop(0) if served.cuts else None
         stall = served.stalls.pop(0) if served.stalls else None
         end = min(len(data) if limit is None else limit for limit in (cut, stall))
-        for at in range(0, end, BLOCK):
-            block = data[at : min(at + BLOCK, end)]
+        for at in range(0, end, served.block):
+            block = data[at : min(at + served.block, end)]
             if served.chunked:
                 request.wfile.write(b"%x\r\n%s\r\n" % (len(block), block))
             else:

@@ -19,15 +19,17 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def entry_text(name: str, data: bytes, *sources: str, file: str = "model.gguf", digest: str | None = None) -> str:
+def entry_text(
+    name: str, data: bytes, *sources: str, file: str = "model.gguf", digest: str | None = None
+) -> str:
     """One catalogue entry for `data`. A source is an address, or the inside of a [[model.source]] table."""
-    tables = "".join(
-        f"[[model.source]]\n{source if '=' in source.split('==')[0] else f'at = "{source}"'}\n" for source in sources
-    )
-    return (
-        f'[[model]]\nname = "{name}"\ntitle = "t"\nsummary = "s"\nlicence = "Apache-2.0"\nnotice = "Notice."\n'
-        f'size_bytes = {len(data)}\ncontext = 128\nfile = "{file}"\nsha256 = "{digest or sha256(data)}"\n{tables}\n'
-    )
+    insides = [source if " = " in source else f'at = "{source}"' for source in sources]
+    tables = "".join(f"[[model.source]]\n{inside}\n" for inside in insides)
+    fields = {"name": name, "file": file, "title": "t", "summary": "s"}
+    fields |= {"licence": "Apache-2.0", "notice": "Notice."}
+    lines = [f'{key} = "{value}"' for key, value in fields.items()]
+    lines += [f'sha256 = "{digest or sha256(data)}"', f"size_bytes = {len(data)}", "context = 128"]
+    return "[[model]]\n" + "\n".join(lines) + f"\n{tables}\n"
 
 
 def catalogue_of(*entries: str) -> Catalogue:
@@ -41,10 +43,14 @@ def make_wheel(folder: Path, package: str, version: str, members: dict[str, byte
     folder.mkdir(parents=True, exist_ok=True)
     wheel = folder / f"{module}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(f"{module}/__init__.py", "raise RuntimeError('a model package must never be imported')\n")
+        archive.writestr(
+            f"{module}/__init__.py", "raise RuntimeError('a model package must never be imported')\n"
+        )
         for name, data in members.items():
             archive.writestr(name, data)
         archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
     return wheel

@@ -36,7 +36,7 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the engine starts from: token ids, and the images whose patch tokens stand among them, in order."""
+    """What the engine starts from: token ids, and the images whose patches stand among them, in order."""
 
     token_ids: list[int]
     images: tuple[TiledImage, ...] = ()
@@ -123,7 +123,7 @@ def chat_format_for(tokenizer: TextEncoder, template: str | None, architecture: 
         if layout.opening in tokenizer.specials and layout.ending in tokenizer.specials:
             return PlainFormat(tokenizer, layout)
     raise UnsupportedError(
-        "This model brings no chat template, and its vocabulary has the turn markers of no known chat format.",
+        "This model brings no chat template, and its vocabulary has no known chat format's turn markers.",
         "It is probably a base model: use the instruction-tuned one, or give it plain text to continue.",
     )
 
@@ -192,8 +192,8 @@ class PlainFormat:
 
 
 _TOOL_INSTRUCTIONS = (
-    "You can call the functions listed below, one per line. To call one, answer with a JSON object and nothing "
-    'else: {"name": the function\'s name, "parameters": an object of arguments}.'
+    "You can call the functions listed below, one per line. To call one, answer with a JSON object alone: "
+    '{"name": the function\'s name, "parameters": an object of arguments}.'
 )
 
 

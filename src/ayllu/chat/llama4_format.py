@@ -24,12 +24,12 @@ _ROLE_NAMES = {"tool": "ipython"}
 
 _INSTRUCTIONS = {
     "json": (
-        "You can use the functions described below. When one of them helps to answer, reply only with the call, "
-        'as {"name": name of the function, "parameters": its arguments as an object}, with values written out.'
+        "You can use the functions below. When one of them helps to answer, reply only with its call: "
+        '{"name": name of the function, "parameters": object of its arguments}, every value written out.'
     ),
     "pythonic": (
-        "You can use the functions described below. When they help to answer, reply only with the calls, as a "
-        "list: [first_function(argument=value), second_function(argument=value)], with values written out."
+        "You can use the functions below. When they help to answer, reply only with the list of calls: "
+        "[first_function(argument=value), second_function(argument=value)], every value written out."
     ),
 }
 
@@ -149,10 +149,11 @@ class Llama4Format:
 
 
 def image_layout(image: TiledImage, tokens_per_tile: int) -> list[str]:
-    """Names of the special tokens that hold one image's place: (tokens_per_tile + 1) R C + tokens_per_tile + 3.
+    """Names of the special tokens that hold one image's place in the prompt.
 
-    147 for one tile, 727 for 2 x 2, 2467 for 16 tiles (with 144 tokens a tile). One tile has no separators;
-    more have one after each tile, the last of a row being the row's, and the global tile behind `<|image|>`.
+    With 144 tokens a tile: 147 names for one tile, 145 R C + 147 for R x C (727 for 2 x 2, 2467 for 16).
+    One tile has no separators; several have one behind each tile (the row's own behind the last of a row),
+    and the global tile after `<|image|>`.
     """
     tile = ["<|patch|>"] * tokens_per_tile
     row = [*tile, *(["<|tile_x_separator|>", *tile] * (image.columns - 1)), "<|tile_y_separator|>"]

@@ -78,13 +78,13 @@ class Tokenizer:
         strip_next = False
         for text, special in self._runs(segments):
             if special is None:
-                run.append(text.lstrip() if strip_next and not run else text)
+                run.append(text)
                 continue
-            self._encode_run("".join(run), ids, strip_right=special.strip_left)
+            self._encode_run("".join(run), ids, strip_next, special.strip_left)
             run.clear()
             ids.append(special.id)
             strip_next = special.strip_right
-        self._encode_run("".join(run), ids, strip_right=False)
+        self._encode_run("".join(run), ids, strip_next, False)
         return ids
 
     def special_id(self, name: str) -> int:
@@ -148,7 +148,9 @@ class Tokenizer:
             else:
                 yield text, None
 
-    def _encode_run(self, text: str, ids: list[int], *, strip_right: bool) -> None:
+    def _encode_run(self, text: str, ids: list[int], strip_left: bool, strip_right: bool) -> None:
+        if strip_left:
+            text = text.lstrip()
         if strip_right:
             text = text.rstrip()
         if not text:

@@ -10,19 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ayllu.chat.call_literals import (
-    CharacterStream,
-    NotACall,
-    Reading,
-    literal,
-    read_blanks,
-    read_name,
-    read_separator,
-    read_string,
-    read_value,
-)
+from ayllu.chat.call_literals import CharacterStream, NotACall, Reading, read_blanks
+from ayllu.chat.call_syntax import CallReader
 from ayllu.chat.messages import ToolCall, ToolDefinition
 
 INTERPRETER_NAMES = ("python", "code_interpreter", "ipython")
@@ -32,14 +22,11 @@ _TURN_ENDS = ("<|eom|>", "<|eot|>", "<|eom_id|>", "<|eot_id|>")
 _REGION_ENDS = ("<|python_end|>", *_TURN_ENDS)
 _TAGS = (*_REGION_STARTS, *_REGION_ENDS, "<tool_call>", "<function=")
 _TAG_PREFIXES = frozenset(tag[:length] for tag in _TAGS for length in range(1, len(tag) + 1))
-_CALL_KEYS = frozenset({"type", "id", "name", "function", "parameters", "arguments"})
-_CALL_FENCES = frozenset({"", "json", "tool_call", "tool_calls", "tool_code"})
 
 _BLANKS = re.compile(r"\s+")
 _PROSE = re.compile(r"[^\[{<`\n]+")
 _FENCED = re.compile(r"[^<`]+")
 _CODE = re.compile(r"[^<]+")
-_LANGUAGE = re.compile(r"[\w+-]+")
 
 
 @dataclass(frozen=True)
@@ -77,6 +64,7 @@ class ToolCallParser:
     def __init__(self, tools: Sequence[ToolDefinition] | None = None) -> None:
         self._known = None if tools is None else frozenset(tool.name for tool in tools)
         self._stream = CharacterStream()
+        self._calls_of = CallReader(self._stream, self._known)
         self._events: list[Event] = []
         self._pending: list[str] = []
         self._text: list[str] = []
@@ -148,9 +136,9 @@ class ToolCallParser:
             if character == "<":
                 yield from self._read_tag()
             elif character == "[":
-                yield from self._attempt(self._read_list)
+                yield from self._attempt(self._calls_of.listed)
             elif character == "{":
-                yield from self._attempt(self._read_object_call)
+                yield from self._attempt(self._calls_of.single_object)
             elif character == "`":
                 yield from self._read_fence()
             elif blanks := stream.run(_BLANKS):
@@ -160,7 +148,7 @@ class ToolCallParser:
                 stream.advance()
                 self._pending.append(character)
             elif self._line_start and (character.isalpha() or character == "_"):
-                yield from self._attempt(self._read_builtin)
+                yield from self._attempt(self._calls_of.builtin)
             else:
                 self._say(stream.run(_PROSE))
 
@@ -175,133 +163,6 @@ class ToolCallParser:
         self._stream.kept()
         self._call(calls)
         return True
-
-    def _allowed(self, name: str) -> str:
-        if self._known is not None and name not in self._known:
-            raise NotACall
-        return name
-
-    def _read_list(self) -> Reading[list[ToolCall]]:
-        """`[f(a=1), g()]` or `[{...}, {...}]`."""
-        stream = self._stream
-        yield from stream.expect("[")
-        calls: list[ToolCall] = []
-        while True:
-            yield from read_blanks(stream)
-            character = yield from stream.peek()
-            if character == "]" and calls:
-                stream.advance()
-                return calls
-            if character == "{":
-                calls += yield from self._read_object_call()
-            else:
-                calls.append((yield from self._read_python_call()))
-            yield from read_separator(stream, "]")
-
-    def _read_python_call(self) -> Reading[ToolCall]:
-        name = self._allowed((yield from read_name(self._stream)))
-        return ToolCall(name, (yield from self._read_arguments()))
-
-    def _read_arguments(self) -> Reading[dict[str, Any]]:
-        """`(a=1, b="x")`: keyword arguments only, each once."""
-        stream = self._stream
-        yield from stream.expect("(")
-        arguments: dict[str, Any] = {}
-        while True:
-            yield from read_blanks(stream)
-            if (yield from stream.peek()) == ")":
-                stream.advance()
-                return arguments
-            name = yield from read_name(stream)
-            if name in arguments:
-                raise NotACall
-            yield from read_blanks(stream)
-            yield from stream.expect("=")
-            arguments[name] = yield from read_value(stream, json=False)
-            yield from read_separator(stream, ")")
-
-    def _read_builtin(self) -> Reading[list[ToolCall]]:
-        """`tool.call(query="...")` at the start of a line: a call of `tool`."""
-        name = yield from read_name(self._stream)
-        if not name.endswith(".call"):
-            raise NotACall
-        name = self._allowed(name.removesuffix(".call"))
-        return [ToolCall(name, (yield from self._read_arguments()))]
-
-    def _read_object_call(self) -> Reading[list[ToolCall]]:
-        """`{"name": ..., "parameters": {...}}` and its variants; another key shows that it is just JSON."""
-        return [(yield from self._read_object(nested=False))]
-
-    def _read_object(self, *, nested: bool) -> Reading[ToolCall]:
-        stream = self._stream
-        yield from stream.expect("{")
-        fields: dict[str, Any] = {}
-        inner: ToolCall | None = None
-        while True:
-            yield from read_blanks(stream)
-            character = yield from stream.peek()
-            if character == "}" and fields:
-                stream.advance()
-                break
-            if character not in ("'", '"'):
-                raise NotACall
-            key = yield from read_string(stream, json=True)
-            if key not in _CALL_KEYS or key in fields:
-                raise NotACall
-            yield from read_blanks(stream)
-            yield from stream.expect(":")
-            yield from read_blanks(stream)
-            if key == "function" and not nested and (yield from stream.peek()) == "{":
-                inner = yield from self._read_object(nested=True)
-                fields[key] = None
-            else:
-                fields[key] = yield from read_value(stream, json=True)
-                self._check_field(key, fields[key])
-            yield from read_separator(stream, "}")
-        return inner or self._object_call(fields)
-
-    def _check_field(self, key: str, value: object) -> None:
-        if key in ("name", "function"):
-            if not isinstance(value, str) or not value:
-                raise NotACall
-            self._allowed(value)
-        elif key == "type" and value != "function":
-            raise NotACall
-
-    def _object_call(self, fields: dict[str, Any]) -> ToolCall:
-        name = fields.get("name", fields.get("function"))
-        if not isinstance(name, str) or ("name" in fields and "function" in fields):
-            raise NotACall
-        given = [key for key in ("parameters", "arguments") if key in fields]
-        if not given and "type" not in fields and self._known is None:
-            raise NotACall
-        arguments = fields[given[0]] if given else {}
-        if isinstance(arguments, str):
-            arguments = literal(arguments, json=True) if arguments.strip() else {}
-        if arguments is None:
-            arguments = {}
-        if not isinstance(arguments, dict) or len(given) > 1:
-            raise NotACall
-        identifier = fields.get("id")
-        return ToolCall(name, arguments, identifier if isinstance(identifier, str) else "")
-
-    def _read_block(self) -> Reading[list[ToolCall]]:
-        """One or more lists or objects, blanks, commas or semicolons between them."""
-        stream = self._stream
-        calls: list[ToolCall] = []
-        while True:
-            yield from read_blanks(stream)
-            character = yield from stream.peek()
-            if character == "[":
-                calls += yield from self._read_list()
-            elif character == "{":
-                calls += yield from self._read_object_call()
-            elif character and character in ",;" and calls:
-                stream.advance()
-            elif calls:
-                return calls
-            else:
-                raise NotACall
 
     def _match_tag(self) -> Reading[str]:
         """Consume as much of a known tag as stands here; the result is a tag if it is complete."""
@@ -321,32 +182,11 @@ class ToolCallParser:
         elif tag in _REGION_ENDS:
             self._line_start = True
         elif tag == "<tool_call>":
-            yield from self._attempt(self._read_tool_call, consumed=tag)
+            yield from self._attempt(self._calls_of.tagged, consumed=tag)
         elif tag == "<function=":
-            yield from self._attempt(self._read_function, consumed=tag)
+            yield from self._attempt(self._calls_of.function, consumed=tag)
         else:
             self._say(tag)
-
-    def _read_tool_call(self) -> Reading[list[ToolCall]]:
-        calls = yield from self._read_block()
-        yield from self._read_closing("</tool_call>")
-        return calls
-
-    def _read_function(self) -> Reading[list[ToolCall]]:
-        name = self._allowed((yield from read_name(self._stream)))
-        yield from self._stream.expect(">")
-        yield from read_blanks(self._stream)
-        if (yield from self._stream.peek()) != "{":
-            raise NotACall
-        arguments = yield from read_value(self._stream, json=True)
-        yield from read_blanks(self._stream)
-        yield from self._read_closing("</function>")
-        return [ToolCall(name, arguments if isinstance(arguments, dict) else {})]
-
-    def _read_closing(self, tag: str) -> Reading[None]:
-        """`tag`, or the end of the answer: models stop right behind the arguments."""
-        if (yield from self._stream.peek()):
-            yield from self._stream.expect(tag)
 
     def _read_region(self) -> Reading[None]:
         """What follows `<|python_start|>`: calls, code, or text that a template put there."""
@@ -356,7 +196,7 @@ class ToolCallParser:
             return
         self._stream.keep()
         try:
-            calls = yield from self._read_region_calls()
+            calls = yield from self._calls_of.region()
         except NotACall:
             yield from self._read_code(interpreter, self._stream.kept())
         else:
@@ -385,19 +225,6 @@ class ToolCallParser:
             self._call([ToolCall(interpreter, {"code": text.strip()})])
             self._say(blanks)
 
-    def _read_region_calls(self) -> Reading[list[ToolCall]]:
-        """Calls, then the end of the region, whose marker is left to be read (and dropped) as any other."""
-        yield from read_blanks(self._stream)
-        character = yield from self._stream.peek()
-        if character in ("[", "{"):
-            calls = yield from self._read_block()
-        else:
-            calls = yield from self._read_builtin()
-        yield from read_blanks(self._stream)
-        if (yield from self._stream.peek()) not in ("", "<"):
-            raise NotACall
-        return calls
-
     def _interpreter(self) -> str | None:
         if self._known is None:
             return INTERPRETER_NAMES[0]
@@ -412,16 +239,8 @@ class ToolCallParser:
             quotes += "`"
         if len(quotes) < 3:
             self._say(quotes)
-        elif not (yield from self._attempt(self._read_fenced_calls, consumed=quotes)):
+        elif not (yield from self._attempt(self._calls_of.fenced, consumed=quotes)):
             yield from self._pass_fenced()
-
-    def _read_fenced_calls(self) -> Reading[list[ToolCall]]:
-        language = yield from self._stream.run_all(_LANGUAGE, 32)
-        if language not in _CALL_FENCES:
-            raise NotACall
-        calls = yield from self._read_block()
-        yield from self._read_closing("```")
-        return calls
 
     def _pass_fenced(self) -> Reading[None]:
         """The rest of a fenced block, to its closing backquotes, as text; markers are still dropped."""

@@ -40,6 +40,7 @@ def chat(
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    pull: Annotated[bool, typer.Option("--pull", help="Fetch the model first if it is not here.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object.")] = False,
     timing: Annotated[
         bool, typer.Option("--timing", help="Print times and memory to standard error.")
@@ -67,7 +68,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    path = _find_or_pull(model, settings)
+    path = _find_or_pull(model, pull, settings)
     loaded = _open(path, context, settings, clock)
     if question is None:
         from ayllu.cli.conversation import Conversation
@@ -113,19 +114,22 @@ def _read_image(path: Path) -> bytes:
         raise ImageError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
 
 
-def _find_or_pull(model: str | None, settings: Settings) -> Path:
-    """Where the model's files are. The default model is fetched on first use, as nobody asked for another."""
+def _find_or_pull(model: str | None, pull: bool, settings: Settings) -> Path:
+    """Where the model's files are. The default model is fetched on first use, as nobody named another."""
     from ayllu.errors import UnknownModelError
     from ayllu.progress import TerminalProgress
     from ayllu.weights.store import Store, pull_with_fallback
 
     store = Store(settings.store)
-    if model is not None:
-        return store.find(model).path
     try:
-        return store.find(settings.default_model).path
+        return store.find(model or settings.default_model).path
     except UnknownModelError:
-        installed, notes = pull_with_fallback(store, settings.default_model, TerminalProgress(0))
+        if model is not None and not pull:
+            raise
+    if model is not None:
+        return store.ensure(model, TerminalProgress(0)).path
+    print(f"Fetching {settings.default_model}, this happens once.", file=sys.stderr)
+    installed, notes = pull_with_fallback(store, settings.default_model, TerminalProgress(0))
     for note in notes:
         print(note, file=sys.stderr)
     return installed.path

@@ -48,7 +48,7 @@ def pull(
     try:
         installed = _open_store(store).pull(model, TerminalProgress(0), name)
     except KeyboardInterrupt:
-        Console(stderr=True).print(
+        Console(stderr=True, soft_wrap=True).print(
             f"Stopped. The next `ayllu pull {model}` continues where this one stopped.",
             highlight=False,
             markup=False,

@@ -143,8 +143,8 @@ def _decode_q6_k(blocks: Bytes, out: Floats, scratch: Bytes) -> None:
 
 
 def _inverse(scale: Floats) -> Floats:
-    """1 / scale, and 0 where the scale is 0."""
-    return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+    """1 / scale, and 0 where the scale is 0 or so small that its inverse would be infinite."""
+    return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=np.abs(scale) > 3e-39)
 
 
 def _encode_q8_0(blocks: Floats) -> Bytes:

@@ -43,6 +43,9 @@ ROPE_LAYOUT: dict[Architecture, RopeLayout] = {
 }
 """The order of rotary dimensions that GGUF prescribes for each architecture."""
 
+ROPE_FACTORS = "rope_freqs.weight"
+"""Not a parameter: one number per pair of dimensions, by which its frequency is divided."""
+
 LLAMA4_CHUNK = 8192
 EXPERTS_WITHOUT_QK_NORM = 128
 
@@ -308,7 +311,7 @@ def _rope(
     metadata: Metadata, name: Architecture, divisors: tuple[float, ...] | None, head_dim: int
 ) -> RopeConfig:
     if divisors is not None and len(divisors) != head_dim // 2:
-        metadata.fail("rope_freqs.weight", f"{head_dim // 2} numbers", len(divisors))
+        metadata.fail(ROPE_FACTORS, f"{head_dim // 2} numbers", len(divisors))
     rope = RopeConfig(
         theta=metadata.real(f"{name}.rope.freq_base", 10_000.0),
         layout=ROPE_LAYOUT[name],

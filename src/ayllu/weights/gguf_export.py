@@ -6,7 +6,7 @@ keep their numbers: the only losses are those of the number format asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,11 @@ from ayllu.model.config import ModelConfig
 from ayllu.progress import SILENT, Progress
 from ayllu.weights.checkpoint import Checkpoint
 from ayllu.weights.gguf_blocks import BLOCK_TYPE_NAMED, WRITABLE_TYPES, QuantisedTensor
-from ayllu.weights.gguf_config import ROPE_LAYOUT, metadata_from_config, rope_divisors
+from ayllu.weights.gguf_config import ROPE_FACTORS, ROPE_LAYOUT, metadata_from_config, rope_divisors
 from ayllu.weights.gguf_writer import TensorToWrite, write_gguf
 from ayllu.weights.names import gguf_names
 from ayllu.weights.rope_layout import permute_rope_rows
-from ayllu.weights.tensors import Floats, PlainTensor, StoredTensor
-
-ROPE_FACTORS = "rope_freqs.weight"
-"""Not a parameter: one number per pair of dimensions, by which its frequency is divided."""
+from ayllu.weights.tensors import Array, PlainTensor, StoredTensor
 
 # llama.cpp's numbers for what most of a file's weights are stored as (`llama_ftype`).
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32} | {
@@ -102,8 +99,8 @@ def _tensors(checkpoint: Checkpoint, encoding: str | None, notes: list[str]) -> 
             if ours.startswith("vision."):
                 continue
             raise UnsupportedError(f"GGUF has no name for the parameter {ours}.", "Keep it as safetensors.")
-        source = _in_rope_order(ours, stored, checkpoint.config)
-        tensors.append(TensorToWrite(theirs, source, _encoding_for(theirs, source, encoding, notes)))
+        kind = _encoding_for(theirs, stored, encoding, notes)
+        tensors.append(TensorToWrite(theirs, stored, kind, _rope_order(ours, checkpoint.config)))
     return tensors
 
 
@@ -131,48 +128,20 @@ def _rope_factors(config: ModelConfig) -> list[TensorToWrite]:
     return [TensorToWrite(ROPE_FACTORS, PlainTensor(factors), "F32")]
 
 
-class _RopeOrdered(StoredTensor):
-    """A query or key projection with the dimensions of each head in another order, a few heads at a time."""
+def _rope_order(name: str, config: ModelConfig) -> Callable[[StoredTensor], StoredTensor] | None:
+    """What puts the rotary dimensions of a query or key projection in GGUF's order; None for all else."""
+    source, target = config.rope.layout, ROPE_LAYOUT[config.architecture]
+    if source == target or not any(part in name for part in (".attention.q_proj.", ".attention.k_proj.")):
+        return None
 
-    def __init__(self, source: StoredTensor, config: ModelConfig) -> None:
-        self.source = source
-        self.shape = source.shape
-        self.encoding = source.encoding
-        self._config = config
+    def permuted(rows: Array) -> Array:
+        return permute_rope_rows(rows, len(rows) // config.head_dim, source=source, target=target)
 
-    @property
-    def nbytes(self) -> int:
-        return self.source.nbytes
+    def reorder(stored: StoredTensor) -> StoredTensor:
+        if isinstance(stored, QuantisedTensor):
+            return stored.with_rows(permuted(stored.raw))
+        if isinstance(stored, PlainTensor):
+            return stored.view(permuted(stored.array))
+        return PlainTensor(permuted(stored.decode()))
 
-    def decode_rows(self, start: int, stop: int) -> Floats:
-        if len(self.shape) == 1:
-            return _permuted(self.source.decode(), self._config).reshape(1, -1)[start:stop]
-        head_dim = self._config.head_dim
-        first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim
-        whole_heads = _permuted(self.source.decode_rows(first, last), self._config)
-        return whole_heads[start - first : stop - first]
-
-    def release(self) -> None:
-        self.source.release()
-
-
-def _permuted(rows: Any, config: ModelConfig) -> Any:
-    return permute_rope_rows(
-        rows,
-        len(rows) // config.head_dim,
-        source=config.rope.layout,
-        target=ROPE_LAYOUT[config.architecture],
-    )
-
-
-def _in_rope_order(name: str, stored: StoredTensor, config: ModelConfig) -> StoredTensor:
-    """`stored` with its rotary dimensions in GGUF's order. Stored rows move as they are, nothing is decoded."""
-    if config.rope.layout == ROPE_LAYOUT[config.architecture] or not any(
-        part in name for part in (".attention.q_proj.", ".attention.k_proj.")
-    ):
-        return stored
-    if isinstance(stored, QuantisedTensor):
-        return stored.with_rows(_permuted(stored.raw, config))
-    if isinstance(stored, PlainTensor):
-        return stored.view(_permuted(stored.array, config))
-    return _RopeOrdered(stored, config)
+    return reorder

@@ -11,12 +11,9 @@ from pathlib import Path
 from ayllu.errors import ModelFileError, UnsupportedError
 from ayllu.weights.checkpoint import Checkpoint
 from ayllu.weights.gguf import GgufFile, read_gguf
-from ayllu.weights.gguf_config import Metadata, architecture_of, config_from_metadata
+from ayllu.weights.gguf_config import ROPE_FACTORS, Metadata, architecture_of, config_from_metadata
 from ayllu.weights.names import gguf_names
 from ayllu.weights.tensors import StoredTensor
-
-ROPE_FACTORS = "rope_freqs.weight"
-"""Not a parameter: one number per pair of dimensions, by which its frequency is divided."""
 
 
 def open_gguf(path: Path) -> Checkpoint:

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ayllu.errors import NoSpaceError, UnsupportedError
+from ayllu.errors import NoSpaceError, UnsupportedError, clip
 from ayllu.progress import SILENT, Progress
 from ayllu.weights.gguf import (
     ARRAY_TYPE,
@@ -44,11 +44,16 @@ _CODE_OF_DTYPE = {
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """A tensor under its GGUF name, and the format ("F16", "Q8_0", ...) it is to be written in."""
+    """A tensor under its GGUF name, and the format ("F16", "Q8_0", ...) it is to be written in.
+
+    `reorder` gives the tensor its rows in another order. It runs when the tensor's turn comes, so that only
+    one reordered copy exists at a time.
+    """
 
     name: str
     source: StoredTensor
     encoding: str
+    reorder: Callable[[StoredTensor], StoredTensor] | None = None
 
     @property
     def kind(self) -> BlockType:
@@ -95,21 +100,29 @@ def write_gguf(
 
 def encoded_pieces(tensor: TensorToWrite) -> Iterator[Array]:
     """The tensor's bytes in its format, as contiguous arrays of a few million bytes at most."""
-    source, kind = tensor.source, tensor.kind
-    columns = source.shape[-1]
-    rows_at_a_time = max(1, PIECE_ELEMENTS // columns)
-    stored = None
-    if source.encoding == kind.name:
-        if isinstance(source, QuantisedTensor):
-            stored = source.raw
-        elif isinstance(source, PlainTensor):
-            stored = source.array.reshape(-1, columns)
-    for start in range(0, source.rows, rows_at_a_time):
-        stop = min(start + rows_at_a_time, source.rows)
-        if stored is not None:
-            yield np.ascontiguousarray(stored[start:stop]).view(np.uint8)
-        else:
+    source = tensor.source if tensor.reorder is None else tensor.reorder(tensor.source)
+    passed_on = source.encoding == tensor.encoding
+    rows_at_a_time = max(1, PIECE_ELEMENTS // source.shape[-1])
+    if isinstance(source, QuantisedTensor) and passed_on:
+        planes = [source.raw]
+    elif isinstance(source, PlainTensor):
+        planes = _planes(source.array)
+    else:
+        for start in range(0, source.rows, rows_at_a_time):
+            stop = min(start + rows_at_a_time, source.rows)
             yield _encoded(tensor, source.decode_rows(start, stop))
+        return
+    for plane in planes:
+        for start in range(0, len(plane), rows_at_a_time):
+            rows = np.ascontiguousarray(plane[start : start + rows_at_a_time])
+            yield rows.view(np.uint8) if passed_on else _encoded(tensor, rows.astype(np.float32))
+
+
+def _planes(array: Array) -> list[Array]:
+    """`array` as matrices, each a view: flattening a strided stack of experts would copy all of it."""
+    if array.ndim <= 2:
+        return [array.reshape(-1, array.shape[-1])]
+    return [plane for entry in array for plane in _planes(entry)]
 
 
 def _encoded(tensor: TensorToWrite, rows: Floats) -> Array:
@@ -121,7 +134,7 @@ def _encoded(tensor: TensorToWrite, rows: Floats) -> Array:
             return encode_blocks(kind, rows)
     except FloatingPointError:
         raise UnsupportedError(
-            f"Tensor {tensor.name} holds numbers that {kind.name} cannot express (too large, or not numbers).",
+            f"Tensor {tensor.name} holds numbers that {kind.name} cannot express (too large or NaN).",
             "Write BF16 or F32 instead.",
         ) from None
 
@@ -161,7 +174,12 @@ def _header(metadata: Mapping[str, Any], tensors: Sequence[TensorToWrite]) -> by
 
 
 def _string(text: str) -> bytes:
-    data = text.encode()
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise UnsupportedError(
+            f"GGUF cannot hold the text {clip(ascii(text))}.", "Remove its lone surrogates."
+        ) from None
     return struct.pack("<Q", len(data)) + data
 
 

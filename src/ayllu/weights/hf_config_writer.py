@@ -38,7 +38,7 @@ def hugging_face_config(
         return _llama4(config, dtype, ids)
     if config.vision or config.experts or config.qk_norm or config.temperature or _unusual(config):
         raise UnsupportedError(
-            f"Hugging Face's {config.architecture} has no vision, experts, query norm or per-layer attention.",
+            f"Hugging Face's {config.architecture} has no vision, experts, query norm or mixed layers.",
             "Save it as llama4.",
         )
     if config.qkv_bias != (config.architecture == "qwen2"):
@@ -89,7 +89,7 @@ def _common(config: ModelConfig, dtype: str) -> dict[str, Any]:
 def _llama4(config: ModelConfig, dtype: str, ids: TokenIds) -> dict[str, Any]:
     if config.qkv_bias:
         raise UnsupportedError("Hugging Face's llama4 has no qkv bias alone.", "Keep this model in GGUF.")
-    text = _common(config, dtype) | ids | _llama4_keys(config)
+    text = _common(config, dtype) | dict(ids) | _llama4_keys(config)
     if config.vision is None:
         return text | {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
     return {
@@ -144,7 +144,9 @@ def _llama4_keys(config: ModelConfig) -> dict[str, Any]:
 
 def _vision(vision: VisionConfig) -> dict[str, Any]:
     if vision.adapter_hidden_size != vision.adapter_output_size:
-        raise UnsupportedError("Hugging Face's image adapter has one width for both layers.", "")
+        raise UnsupportedError(
+            "Hugging Face's image adapter has one width for both layers.", "Keep this model in GGUF."
+        )
     return {
         "hidden_act": "gelu",
         "hidden_size": vision.hidden_size,

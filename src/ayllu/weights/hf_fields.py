@@ -14,7 +14,7 @@ from ayllu.errors import ModelFileError, UnsupportedError, clip
 
 
 class Fields:
-    """One JSON object of a config and where it stands: `prefix` is its path in the file, as `rope_scaling.`."""
+    """One JSON object of a config. `prefix` is its place in the file, as `rope_scaling.`."""
 
     def __init__(self, values: Mapping[str, Any], file: Path, prefix: str = "") -> None:
         self.values = values

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from ayllu.errors import ModelFileError, UnsupportedError, clip
 from ayllu.model.config import ExpertsConfig, ModelConfig
 from ayllu.weights.checkpoint import Checkpoint
+from ayllu.weights.folder_files import member_path
 from ayllu.weights.hf_config import config_from_hugging_face, read_config
 from ayllu.weights.json_file import read_json_object
 from ayllu.weights.names import hugging_face_names
@@ -39,7 +41,7 @@ _UNFUSED = re.compile(_EXPERTS + r"(?P<expert>0|[1-9]\d{0,4})\.(?P<kind>gate|up|
 
 
 def open_folder(path: Path) -> Checkpoint:
-    """The checkpoint in `path`: config.json beside model.safetensors, shards with an index, or any *.safetensors.
+    """The checkpoint in `path`: config.json beside model.safetensors, an index with shards, or *.safetensors.
 
     Raises ModelFileError for damaged files and for tensors that do not fit the config, UnsupportedError for
     architectures, encodings and file formats that ayllu does not open.
@@ -66,8 +68,8 @@ def _tensor_files(folder: Path) -> dict[str, SafetensorsFile]:
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICKLES)
     if pickles:
         raise UnsupportedError(
-            f"{folder} holds its weights only as {clip(pickles[0], 60)}, a format that can run code when opened.",
-            "Fetch the safetensors version of this model; Meta's own .pth files go through `ayllu convert`.",
+            f"{folder} holds its weights only as {clip(pickles[0], 60)}, a format that can run code.",
+            "Fetch the safetensors of this model; Meta's own .pth files go through `ayllu convert`.",
         )
     raise ModelFileError(folder, "has no *.safetensors beside its config.json")
 
@@ -106,31 +108,6 @@ def _collect(folder: Path, names: list[str]) -> dict[str, SafetensorsFile]:
         if len(files) > MAX_TENSORS:
             raise ModelFileError(folder, "has too many tensors", expected=f"at most {MAX_TENSORS}")
     return files
-
-
-def member_path(folder: Path, name: str) -> Path:
-    """The file `name` of a model folder, which must lie in that folder.
-
-    Links may point to a file of the same folder, or, as in Hugging Face's cache, from snapshots/<revision>/ into
-    the blobs/ of the same repository. Raises ModelFileError for any other name or link.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,250}", name) or not name.endswith(".safetensors"):
-        raise ModelFileError(
-            folder, "names a shard that is not a plain file name", field=clip(name), expected="*.safetensors"
-        )
-    path = folder / name
-    try:
-        real, home = path.resolve(strict=True), folder.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise ModelFileError(path, "a shard is missing or its link leads nowhere") from error
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if real.parent not in allowed:
-        raise ModelFileError(path, "is a link out of the model's folder", got=clip(real))
-    if not real.is_file():
-        raise ModelFileError(path, "is not a file")
-    return path
 
 
 class _Mapping:
@@ -179,7 +156,7 @@ class _Mapping:
             return ScaledTensor(tensor, self.files[scale][scale], name, self.files[name].path)
         if tensor.encoding not in FLOATS:
             raise UnsupportedError(
-                f"{self.files[name].path}: tensor {name} is stored as {tensor.encoding} without a scale ayllu knows.",
+                f"{self.files[name].path}: {name} is stored as {tensor.encoding}, without a known scale.",
                 "Use a copy of the model in BF16, F16 or F32, or a GGUF.",
             )
         return tensor
@@ -189,7 +166,7 @@ class _Mapping:
         return self.config.experts if has_experts else None
 
     def _split_fused(self, name: str, layer: int, kind: str) -> None:
-        """Fused stacks are input-major: [experts, width, 2 * hidden] and [experts, hidden, width] (spec 9.2)."""
+        """Fused stacks are input-major: [experts, width, 2 * hidden], [experts, hidden, width] (spec 9.2)."""
         experts = self._experts(layer)
         if experts is None:
             self._reject(name)
@@ -235,7 +212,7 @@ class _Mapping:
                 fix="Set tie_word_embeddings to false in config.json if the model has a head of its own.",
             )
 
-    def _reject(self, name: str) -> None:
+    def _reject(self, name: str) -> NoReturn:
         raise ModelFileError(
             self.files[name].path, "a tensor does not belong to this architecture", field=name
         )

@@ -6,7 +6,10 @@ decoded a block of rows at a time into their final place, and the pages read are
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -158,18 +161,47 @@ def _place(
     else:
         native = torch.bfloat16
     placed = torch.empty(stored.shape, dtype=dtype or native, device=device)
+    _prefer_huge_pages(placed)
     flat = placed.view(-1, stored.shape[-1])
     rows_per_block = max(1, BLOCK_ELEMENTS // stored.shape[-1])
     bytes_per_row = stored.nbytes // max(1, stored.rows)
 
     def place_rows(start: int) -> None:
         stop = min(start + rows_per_block, stored.rows)
-        flat[start:stop].copy_(torch.from_numpy(stored.decode_rows(start, stop)))
+        decoded = _scratch((stop - start, stored.shape[-1]))
+        stored.decode_rows_into(start, stop, decoded.numpy())
+        flat[start:stop].copy_(decoded)
         task.advance((stop - start) * bytes_per_row)
 
     list(pool.map(place_rows, range(0, stored.rows, rows_per_block)))
     stored.release()
     return placed
+
+
+_thread = threading.local()
+
+
+def _scratch(shape: tuple[int, int]) -> Tensor:
+    """A float32 buffer of this thread's own, used again for every block: fresh memory costs page faults."""
+    elements = shape[0] * shape[1]
+    buffer: Tensor | None = getattr(_thread, "buffer", None)
+    if buffer is None or buffer.numel() < elements:
+        buffer = _thread.buffer = torch.empty(max(elements, BLOCK_ELEMENTS), dtype=torch.float32)
+    return buffer[:elements].view(shape)
+
+
+MADV_HUGEPAGE = 14
+HUGE_PAGE_BYTES = 2 << 20
+
+
+def _prefer_huge_pages(tensor: Tensor) -> None:
+    """Ask Linux for 2 MiB pages under a large CPU tensor: fewer faults now, fewer address misses later."""
+    if sys.platform != "linux" or tensor.device.type != "cpu" or tensor.nbytes < 2 * HUGE_PAGE_BYTES:
+        return
+    start = -(-tensor.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    stop = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    # Only advice: a kernel without huge pages answers with an error, and nothing is lost.
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_HUGEPAGE)
 
 
 def tensor_of(array: Array) -> Tensor:

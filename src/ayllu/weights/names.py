@@ -123,6 +123,62 @@ _VISION = {
     "vision.projector.weight": "multi_modal_projector.linear_1.weight",
 }
 
+# Meta's own checkpoints. Several of ours may share one entry there: rows of q, k and v lie under each other
+# in wqkv, gate and up in fc1 (spec 9.1).
+_META = {
+    "embed_tokens.weight": "tok_embeddings.weight",
+    "norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+    "layers.{i}.attention.o_proj.weight": "layers.{i}.attention.wo.weight",
+}
+_META_LLAMA = {
+    "layers.{i}.attention_norm.weight": "layers.{i}.attention_norm.weight",
+    "layers.{i}.attention.q_proj.weight": "layers.{i}.attention.wq.weight",
+    "layers.{i}.attention.k_proj.weight": "layers.{i}.attention.wk.weight",
+    "layers.{i}.attention.v_proj.weight": "layers.{i}.attention.wv.weight",
+    "layers.{i}.feed_forward_norm.weight": "layers.{i}.ffn_norm.weight",
+    "layers.{i}.feed_forward.gate_proj.weight": "layers.{i}.feed_forward.w1.weight",
+    "layers.{i}.feed_forward.up_proj.weight": "layers.{i}.feed_forward.w3.weight",
+    "layers.{i}.feed_forward.down_proj.weight": "layers.{i}.feed_forward.w2.weight",
+}
+_META_LLAMA4 = {
+    "layers.{i}.attention_norm.weight": "layers.{i}.attention.wqkv.layer_norm_weight",
+    "layers.{i}.attention.q_proj.weight": "layers.{i}.attention.wqkv.weight",
+    "layers.{i}.attention.k_proj.weight": "layers.{i}.attention.wqkv.weight",
+    "layers.{i}.attention.v_proj.weight": "layers.{i}.attention.wqkv.weight",
+    "layers.{i}.feed_forward_norm.weight": "layers.{i}.feed_forward.norm.weight",
+    "layers.{i}.feed_forward.gate_proj.weight": "layers.{i}.feed_forward.mlp.fc1_weight",
+    "layers.{i}.feed_forward.up_proj.weight": "layers.{i}.feed_forward.mlp.fc1_weight",
+    "layers.{i}.feed_forward.down_proj.weight": "layers.{i}.feed_forward.mlp.fc2_weight",
+    "layers.{i}.feed_forward.router.weight": "layers.{i}.feed_forward.router_DE",
+    "layers.{i}.feed_forward.experts.gate_proj": "layers.{i}.feed_forward.experts.moe_w_in_eD_F",
+    "layers.{i}.feed_forward.experts.up_proj": "layers.{i}.feed_forward.experts.moe_w_swiglu_eD_F",
+    "layers.{i}.feed_forward.experts.down_proj": "layers.{i}.feed_forward.experts.moe_w_out_eF_D",
+    "layers.{i}.feed_forward.shared_expert.gate_proj.{p}": "layers.{i}.feed_forward.w_in_shared_FD.{p}",
+    "layers.{i}.feed_forward.shared_expert.up_proj.{p}": "layers.{i}.feed_forward.w_swiglu_FD.{p}",
+    "layers.{i}.feed_forward.shared_expert.down_proj.{p}": "layers.{i}.feed_forward.w_out_shared_DF.{p}",
+}
+_META_DENSE_NORM = {
+    "layers.{i}.feed_forward_norm.weight": "layers.{i}.feed_forward.mlp.layer_norm_weight",
+}
+_META_VISION = {
+    "vision.tower.patch_embedding.weight": "vision_encoder.conv1._linear.weight",
+    "vision.tower.class_embedding": "vision_encoder.class_embedding",
+    "vision.tower.position_embedding": "vision_encoder.positional_embedding_vlm",
+    "vision.tower.norm_before.{p}": "vision_encoder.ln_pre.{p}",
+    "vision.tower.norm_after.{p}": "vision_encoder.ln_post.{p}",
+    "vision.tower.blocks.{i}.attention_norm.{p}": "vision_encoder.transformer.resblocks.{i}.ln_1.{p}",
+    "vision.tower.blocks.{i}.attention.q_proj.{p}": "vision_encoder.transformer.resblocks.{i}.attn.wq.{p}",
+    "vision.tower.blocks.{i}.attention.k_proj.{p}": "vision_encoder.transformer.resblocks.{i}.attn.wk.{p}",
+    "vision.tower.blocks.{i}.attention.v_proj.{p}": "vision_encoder.transformer.resblocks.{i}.attn.wv.{p}",
+    "vision.tower.blocks.{i}.attention.o_proj.{p}": "vision_encoder.transformer.resblocks.{i}.attn.wo.{p}",
+    "vision.tower.blocks.{i}.mlp_norm.{p}": "vision_encoder.transformer.resblocks.{i}.ln_2.{p}",
+    "vision.tower.blocks.{i}.mlp.fc1.{p}": "vision_encoder.transformer.resblocks.{i}.mlp.c_fc.{p}",
+    "vision.tower.blocks.{i}.mlp.fc2.{p}": "vision_encoder.transformer.resblocks.{i}.mlp.c_proj.{p}",
+    "vision.adapter.fc1.weight": "vision_adapter.mlp.c_fc.weight",
+    "vision.adapter.fc2.weight": "vision_adapter.mlp.c_proj.weight",
+}
+
 _SLOT = re.compile(r"\{(\w)\}")
 _SLOT_CONTENT = {"i": r"(?P<i>\d+)", "p": r"(?P<p>weight|bias)", "m": r"(?P<m>\w+)"}
 
@@ -169,3 +225,15 @@ def hugging_face_names(architecture: Architecture, *, multimodal: bool) -> NameM
     prefix = "language_model." if multimodal else ""
     pairs = [(row.ours, prefix + row.hugging_face.replace("{ffn}", ffn)) for row in _DECODER]
     return NameMap(pairs + (list(_VISION.items()) if multimodal else []))
+
+
+def meta_names(*, llama4: bool, dense_layer: bool = False) -> NameMap:
+    """Ours -> Meta's consolidated checkpoints. Llama 4 names the norm of a dense layer otherwise than that of
+    a mixture; several of our names may lead to one of theirs, so only this direction is meaningful there."""
+    pairs = list(_META.items())
+    if not llama4:
+        return NameMap(pairs + list(_META_LLAMA.items()))
+    layers = _META_LLAMA4 | _META_DENSE_NORM if dense_layer else _META_LLAMA4
+    vision = [(ours, f"vision_embeddings.{theirs}") for ours, theirs in _META_VISION.items()]
+    projector = ("vision.projector.weight", "vision_projection.weight")
+    return NameMap([*pairs, *layers.items(), *vision, projector])

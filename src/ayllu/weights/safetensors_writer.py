@@ -1,4 +1,4 @@
-"""Writes safetensors: one streamed file, or shards with an index. Never holds more than one block of a tensor.
+"""Writes safetensors, one file or shards with an index, never holding more than a block of a tensor.
 
 Files are laid out as the reference writes them (same order, same header bytes), so equal tensors give equal
 files. A file appears under its name only when it is complete.

@@ -129,11 +129,14 @@ class PlainTensor(StoredTensor):
             return self.array.reshape(1, -1)[start:stop].astype(np.float32)
         if self.array.ndim == 2:
             return self.array[start:stop].astype(np.float32)
-        # A strided view of three axes cannot be flattened without a copy: take whole leading entries.
+        # A strided view of three axes cannot be flattened without a copy: take rows entry by entry.
         per_entry = self.rows // self.shape[0]
-        first, last = start // per_entry, -(-stop // per_entry)
-        entries = np.ascontiguousarray(self.array[first:last]).reshape(-1, self.shape[-1])
-        return entries[start - first * per_entry : stop - first * per_entry].astype(np.float32)
+        pieces = [np.empty((0, self.shape[-1]), np.float32)]
+        for index in range(start // per_entry, -(-stop // per_entry)):
+            entry = self.array[index].reshape(per_entry, -1) if self.array.ndim > 3 else self.array[index]
+            first = index * per_entry
+            pieces.append(entry[max(start - first, 0) : stop - first].astype(np.float32))
+        return np.concatenate(pieces)
 
     def release(self) -> None:
         if self._file is not None and self._span is not None:

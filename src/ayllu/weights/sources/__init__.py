@@ -53,7 +53,7 @@ def parse_source(text: str) -> Source | None:
             f"{clip(ascii(text))} carries no hash to check.",
             f"Download it yourself and use file:PATH, or name one of: {FORMS}.",
         )
-    if looks_like_path(text):
+    if looks_like_path(text) and "://" not in text:
         if _REPOSITORY.fullmatch(text) and not Path(text).exists():
             raise UnknownModelError(
                 f"There is no file {text}.", f"On a hub it would be: ayllu pull hf:{text}"

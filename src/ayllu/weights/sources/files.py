@@ -73,6 +73,8 @@ def local_model_files(path: Path) -> list[Path]:
                 fix="Give a .gguf file, or a folder holding config.json and *.safetensors.",
             )
         return [path]
+    if not path.is_dir():
+        raise ModelFileError(path, "neither a file nor a folder", fix="Give a .gguf file or a model folder.")
     inside = sorted(item for item in path.iterdir() if item.is_file() and not item.name.startswith("."))
     names = {item.name for item in inside}
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):

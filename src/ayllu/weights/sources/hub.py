@@ -27,8 +27,9 @@ from ayllu.weights.sources.safe_names import (
     SHA256,
     model_name_from,
     refuse_unless_model_file,
+    safe_offered_name,
 )
-from ayllu.weights.sources.transfer import Download, download
+from ayllu.weights.sources.transfer import Download, download, web_client
 
 _SOURCE = re.compile(
     r"hf:(?P<repository>[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})"
@@ -91,10 +92,11 @@ class HubSource:
             downloads = {file.name: self._download(file, commit, order) for file in missing}
             if needed := sum(wanted.missing_bytes() for wanted in downloads.values()):
                 base.require_space(cache.make_folder(), needed)
-            for file in missing:
-                wanted = downloads[file.name]
-                digests[file.name] = download(wanted, order.limits, task.advance, order.unreachable)
-                cache.admit(wanted.path, file)
+            with web_client(order.limits) as client:
+                for file in missing:
+                    wanted = downloads[file.name]
+                    digests[file.name] = download(wanted, client, order, task.advance)
+                    cache.admit(wanted.path, file)
         fetched = []
         for file in files:
             digest = digests[file.name]
@@ -189,10 +191,8 @@ def _patience(limits: Limits) -> float:
 
 
 def _hub_file(name: str, digest: str | None, size: int | None, endpoint: str) -> HubFile:
-    try:
-        refuse_unless_model_file(name)
-    except UsageError as error:
-        raise SourceError(error.problem, error.fix) from error
+    safe_offered_name(name)
+    refuse_unless_model_file(name)
     if digest is None or not (SHA256.fullmatch(digest) or SHA1.fullmatch(digest)):
         raise SourceError(f"{endpoint} gives no digest for {clip(name)}.", "Use another source.")
     if not isinstance(size, int) or not 0 <= size < 1 << 50:
@@ -239,7 +239,7 @@ def _typed_errors(source: str, endpoint: str, unreachable: dict[str, str]) -> It
         raise SourceError(
             f"{source}: the hub answered with an error: {_first_line(error)}", "Pull again."
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         # The library reads the listing without checking it, so a malformed one surfaces as any of these.
         raise SourceError(
             f"{endpoint} does not answer like a hub: {_first_line(error)}", "Check HF_ENDPOINT."

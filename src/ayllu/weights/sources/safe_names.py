@@ -10,7 +10,7 @@ import re
 import unicodedata
 from pathlib import PurePosixPath
 
-from ayllu.errors import UnsupportedError, UsageError, clip
+from ayllu.errors import SourceError, UnsupportedError, UsageError, clip
 
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -77,6 +77,14 @@ def _component_problem(part: str) -> str | None:
     if part.split(".", 1)[0].rstrip().upper() in _DEVICES:
         return "it is a device name on Windows"
     return None
+
+
+def safe_offered_name(name: str) -> PurePosixPath:
+    """`safe_name` for a name that a source offers: SourceError, since no person wrote it."""
+    try:
+        return safe_name(name)
+    except UsageError as error:
+        raise SourceError(error.problem, error.fix) from error
 
 
 def safe_model_name(name: str) -> str:

@@ -20,7 +20,7 @@ import httpx2
 
 from ayllu.errors import IntegrityError, SourceError
 from ayllu.weights.sources import base
-from ayllu.weights.sources.base import Limits
+from ayllu.weights.sources.base import Limits, Order
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 _RETRIED_STATUSES = frozenset((408, 429, 500, 502, 503, 504))
@@ -72,16 +72,22 @@ class _Interrupted(Exception):
         self.wait_s = wait_s
 
 
-def download(
-    wanted: Download, limits: Limits, advance: Callable[[int], None], unreachable: dict[str, str]
-) -> str:
+@contextlib.contextmanager
+def web_client(limits: Limits) -> Iterator[httpx2.Client]:
+    """A client for one or several downloads: follows few redirects, waits as long as `limits` allow."""
+    timeout = httpx2.Timeout(limits.stall_s, connect=limits.connect_s)
+    with httpx2.Client(timeout=timeout, follow_redirects=True, max_redirects=MOST_REDIRECTS) as client:
+        yield client
+
+
+def download(wanted: Download, client: httpx2.Client, order: Order, advance: Callable[[int], None]) -> str:
     """Bring the file to `wanted.path` and return its SHA-256, verified against what `wanted` pins.
 
     Raises SourceError (unreachable, refused, cut too often, lying about length), IntegrityError (wrong bytes,
     which are removed) or NoSpaceError. Partial bytes stay for the next call unless they are known to be bad.
     """
     inherited = wanted.present_bytes()
-    transfer = _Transfer(wanted, limits, advance, unreachable)
+    transfer = _Transfer(wanted, client, order, advance)
     with base.full_disk_is_typed(wanted.path.parent):
         transfer.complete()
         digest = _verified(wanted)
@@ -121,12 +127,13 @@ class _Transfer:
     """The requests it takes to complete one file."""
 
     def __init__(
-        self, wanted: Download, limits: Limits, advance: Callable[[int], None], unreachable: dict[str, str]
+        self, wanted: Download, client: httpx2.Client, order: Order, advance: Callable[[int], None]
     ) -> None:
         self._wanted = wanted
-        self._limits = limits
+        self._client = client
+        self._limits = order.limits
+        self._unreachable = order.unreachable
         self._advance = advance
-        self._unreachable = unreachable
         if wanted.present_bytes() > wanted.size_bytes:
             _discard(wanted)
         self._have = wanted.present_bytes()
@@ -149,27 +156,22 @@ class _Transfer:
         failures, best = 0, self._have
         if wanted.size_bytes == 0:
             wanted.path.touch()
-        with httpx2.Client(
-            timeout=httpx2.Timeout(limits.stall_s, connect=limits.connect_s),
-            follow_redirects=True,
-            max_redirects=MOST_REDIRECTS,
-        ) as client:
-            while self._have < wanted.size_bytes:
-                try:
-                    self._request(client)
-                except _Interrupted as error:
-                    if self._have - best >= worthwhile:
-                        failures, best = 0, self._have
-                    failures += 1
-                    if failures >= limits.attempts:
-                        raise SourceError(
-                            f"{wanted.host} broke off {failures} times in a row: {error}.",
-                            "What arrived is kept; the next pull continues there.",
-                        ) from error
-                    pause = min(limits.backoff_s * 2 ** (failures - 1), limits.longest_backoff_s)
-                    time.sleep(max(pause, min(error.wait_s, limits.longest_backoff_s)))
+        while self._have < wanted.size_bytes:
+            try:
+                self._request()
+            except _Interrupted as error:
+                if self._have - best >= worthwhile:
+                    failures, best = 0, self._have
+                failures += 1
+                if failures >= limits.attempts:
+                    raise SourceError(
+                        f"{wanted.host} broke off {failures} times in a row: {error}.",
+                        "What arrived is kept; the next pull continues there.",
+                    ) from error
+                pause = min(limits.backoff_s * 2 ** (failures - 1), limits.longest_backoff_s)
+                time.sleep(max(pause, min(error.wait_s, limits.longest_backoff_s)))
 
-    def _request(self, client: httpx2.Client) -> None:
+    def _request(self) -> None:
         """One request, appended to the file. Raises _Interrupted for what a retry may mend."""
         headers = {**self._wanted.headers, "Accept-Encoding": "identity"}
         if self._have:
@@ -177,7 +179,7 @@ class _Transfer:
             if self._validator:
                 headers["If-Range"] = self._validator
         try:
-            with client.stream("GET", self._wanted.url, headers=headers) as response:
+            with self._client.stream("GET", self._wanted.url, headers=headers) as response:
                 self._check_redirects(response)
                 self._check_status(response)
                 self._align(response)

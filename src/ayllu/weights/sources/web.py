@@ -9,7 +9,7 @@ from ayllu.errors import UsageError
 from ayllu.weights.sources import base
 from ayllu.weights.sources.base import Fetched, Order
 from ayllu.weights.sources.safe_names import model_name_from
-from ayllu.weights.sources.transfer import Download, download
+from ayllu.weights.sources.transfer import Download, download, web_client
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,6 @@ class WebSource:
             raise UsageError(f"{self.text} has no pinned hash.", "Correct the catalogue.")
         wanted = Download(self.file_name, self.text, order.folder / f"{sha256}.part", size, sha256=sha256)
         base.require_space(order.folder, wanted.missing_bytes())
-        with order.progress.task(order.label, size) as task:
-            digest = download(wanted, order.limits, task.advance, order.unreachable)
+        with order.progress.task(order.label, size) as task, web_client(order.limits) as client:
+            digest = download(wanted, client, order, task.advance)
         return [Fetched(self.file_name, wanted.path, size, digest)]

@@ -1,0 +1,64 @@
+# make run    set everything up, fetch a model, open a conversation
+# make test   the tests (fetches a 97 MB model once)
+# Each works from a fresh clone: it makes .venv and installs what constraints.txt pins.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+VENV := .venv
+BIN := $(VENV)/bin
+# The constraint file comes first on every install line: it is what keeps torch the pinned build.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+MODEL ?=
+TESTS ?= tests
+
+.PHONY: help run test test-large check format bench dist clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: ayllu needs Python 3.11 or newer. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run-ready: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing ayllu and torch (about a minute the first time)"
+	@$(INSTALL) --editable '.[torch]'
+	@touch $@
+
+$(VENV)/test-ready: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing ayllu, torch and the development tools"
+	@$(INSTALL) --editable '.[torch,dev]'
+	@touch $@ $(VENV)/run-ready
+
+run: $(VENV)/run-ready ## talk to a model; MODEL=name takes another one
+	@$(BIN)/ayllu chat --pull $(MODEL)
+
+test: $(VENV)/test-ready ## run the tests
+	@$(BIN)/python -m pytest $(TESTS)
+
+test-large: $(VENV)/test-ready ## run the tests that need the larger models (fetches 1.6 GB)
+	@$(BIN)/python -m pytest -m large $(TESTS)
+
+check: $(VENV)/test-ready ## lint, formatting, types, import contracts
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(VENV)/test-ready ## rewrite the code in the house's format
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+bench: $(VENV)/test-ready ## measure loading and generation; results go to benchmarks/results/
+	@$(BIN)/python benchmarks/conversation.py
+
+dist: $(VENV)/test-ready ## build the wheel
+	@$(INSTALL) build
+	@$(BIN)/python -m build --wheel
+
+clean: ## remove the environment and caches (models stay)
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
