@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ayllu.engine.sampling import Sampler, Sampling, kept_probabilities, penalise_repetition
@@ -40,6 +40,7 @@ def test_the_kept_distribution_sums_to_one_and_keeps_the_best(
 )
 def test_top_p_drops_what_the_more_likely_ones_already_exceed(logits, top_p) -> None:
     probabilities = torch.tensor(logits, dtype=torch.float32).softmax(-1)
+    assume(len(probabilities.unique()) == len(logits))
     kept = kept_probabilities(torch.tensor(logits), Sampling(temperature=1.0, top_p=top_p)) > 0
     for i, probability in enumerate(probabilities):
         before = math.fsum(p for p in probabilities.tolist() if p > probability)

@@ -530,7 +530,6 @@ AMPLIFIERS: dict[str, Callable[[], bytes]] = {
     "millions of strings": _strings(1_300_000, ""),
     "strings of four bytes a letter": _strings(24, _WIDE),
     "one string of four bytes a letter": lambda: _with_pair(STRING, text(_WIDE * 8)),
-    "three strings of four bytes a letter": lambda: _with_pair(STRING, text(_WIDE * 3)),
     "too many keys": _many_keys,
     "as many keys as allowed": _most_keys,
     "too many tensors": _many_tensors,

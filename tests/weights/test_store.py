@@ -267,6 +267,14 @@ def test_wrong_bytes_everywhere_also_lead_to_the_fallback(server, tmp_path):
     assert pull_with_fallback(store, "big")[0].name == "small"
 
 
+def test_a_pull_that_got_nothing_leaves_nothing_to_remove(tmp_path):
+    store = Store(tmp_path, catalogue=catalogue_of(entry_text("big", DATA, DEAD)), limits=QUICK)
+    with pytest.raises(SourceError):
+        store.pull("big")
+    with pytest.raises(UnknownModelError):
+        store.remove("big")
+
+
 def test_nothing_is_written_outside_the_store(server, store, tmp_path):
     before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(store.root)}
     store.pull("my-model")

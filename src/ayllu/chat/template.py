@@ -1,4 +1,4 @@
-"""Chat formats that come as a jinja template inside a model: rendered in the sandbox, safe from typed markers.
+"""Chat formats that come inside a model as a jinja template: sandboxed, and safe from typed markers.
 
 User text must never turn into a control token, whatever the template does to it (joins, strips, splits).
 So before rendering, one character that every marker of this template needs (such as '|' in `<|im_end|>`) is
@@ -55,7 +55,7 @@ class TemplateFormat:
         """See `ChatFormat.render`.
 
         Raises UnsupportedError for images, and TemplateError when the template refuses the conversation,
-        fails, exceeds its limits, or builds markers from pieces so that the conversation's text could complete one.
+        fails, exceeds its limits, or builds markers from pieces that the conversation's text could complete.
         """
         refuse_images(messages, self.name)
         conversation = [_message(message) for message in messages]
@@ -113,7 +113,7 @@ class TemplateMarkers:
         loose = _LoosePieces(names, literals)
         built = {name for name in names if name not in whole and loose.enclose(name)}
         guards: set[str] = set()
-        for name in sorted(whole | built):
+        for name in sorted(whole | built, key=lambda name: (len(_marks(name)), name)):
             if not guards.intersection(name):
                 guards.add(_guard(name, joined, loose))
         risky = built | {name for name in whole if loose.hold(name, guards)}

@@ -58,6 +58,11 @@ class Meter:
             raise over_limit(f"its values take more than {self._memory >> 20} MiB")
         self.step(1 + size // _BYTES_PER_STEP)
 
+    def require(self, size: int) -> None:
+        """Refuse to make `size` bytes that the budget does not hold; `made` will charge them."""
+        if size > self._left:
+            self.charge(size)
+
     def affordable(self, unit: int) -> int:
         """How many things of `unit` bytes the memory budget still allows."""
         return self._left // unit

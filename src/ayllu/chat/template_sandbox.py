@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Template, Undefined, nodes
 from jinja2.ext import Extension, LoopControlExtension
@@ -33,11 +33,12 @@ MAX_SECONDS = 1.0
 MAX_MEMORY = 64 << 20
 MAX_RANGE = 100_000
 MAX_EXPONENT_BITS = 1024
+MAX_BRANCH_NAMES = 250_000
 
 _SYNTAX = words(
     """Add And AssignBlock Assign Break Call CallBlock Compare Concat CondExpr Const Continue Dict Div
-    ExprStmt Filter FilterBlock FloorDiv For Getattr Getitem If Keyword List Macro Mod Mul NSRef Name Neg Not Operand
-    Or Output Pair Pos Pow Scope Slice Sub Template TemplateData Test Tuple With"""
+    ExprStmt Filter FilterBlock FloorDiv For Getattr Getitem If Keyword List Macro Mod Mul NSRef Name Neg Not
+    Operand Or Output Pair Pos Pow Scope Slice Sub Template TemplateData Test Tuple With"""
 )
 _TESTS = words(
     """!= < <= == > >= boolean callable defined divisibleby eq equalto even false float ge greaterthan gt
@@ -69,6 +70,9 @@ class SandboxedTemplate:
             constants = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
             self.literals = tuple(literals + constants)
             self.names = frozenset(node.name for node in tree.find_all(nodes.Name))
+            # jinja's compiler copies its table of names at every branch.
+            if len(self.names) * sum(1 for _ in tree.find_all(nodes.If)) > MAX_BRANCH_NAMES:
+                raise over_limit("it has too many branches and variables to compile")
             code = environment.compile(_Instrument().visit(tree))
             self._template = Template.from_code(environment, code, environment.make_globals(None))
         except Exception as error:  # a hostile source fails in many ways: syntax, recursion, memory
@@ -161,8 +165,8 @@ class _Instrument(NodeTransformer):
     visit_Compare = visit_Test = visit_List = visit_Dict = visit_metered
 
 
-def _through(name: str, node: nodes.Expr) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+def _through(name: str, node: nodes.Node) -> nodes.Filter:
+    return nodes.Filter(cast(nodes.Expr, node), name, [], [], None, None, lineno=node.lineno)
 
 
 @pass_context
@@ -249,7 +253,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             if left.bit_length() * abs(right) > MAX_EXPONENT_BITS:
                 raise over_limit("it computes a huge power")
         elif operator == "+" and isinstance(left, str | list | tuple):
-            meter.charge(left.__sizeof__() + getattr(right, "__sizeof__", int)())
+            meter.require(left.__sizeof__() + getattr(right, "__sizeof__", int)())
         return meter.made(super().call_binop(context, operator, left, right))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -275,6 +279,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         meter = CURRENT.get()
         meter.step()
+        # jinja tells every callable of its scope; only functions that take a context want to know.
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars")}
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, list | tuple | dict):
                 meter.weight(argument)

@@ -54,21 +54,23 @@ def percent(meter: Meter, template: str, values: object) -> str:
 
 def repeated(meter: Meter, value: Any, times: int) -> Any:
     """`value * times` for text and lists."""
-    size = value.__sizeof__() * max(times, 0)
-    meter.charge(size)
+    unit = (1 if value.isascii() else 4) if isinstance(value, str) else 8
+    meter.require(unit * len(value) * max(times, 0))
     return value * times
 
 
 def _replace(meter: Meter, text: str, old: object, new: object, count: int = -1) -> str:
     old, new = text_of(meter, old), text_of(meter, new)
     found = text.count(old) if count < 0 else min(text.count(old), count)
-    meter.charge(max(found * (len(new) - len(old)), 0) * 4)
+    width = 1 if text.isascii() and new.isascii() else 4
+    meter.require((len(text) + max(found * (len(new) - len(old)), 0)) * width)
     return text.replace(old, new, count)
 
 
 def _join(meter: Meter, separator: str, values: Iterable[Any]) -> str:
     pieces = [text_of(meter, value) for value in values]
-    meter.charge(separator.__sizeof__() * len(pieces))
+    width = 1 if separator.isascii() else 4
+    meter.require(len(separator) * width * len(pieces))
     return separator.join(pieces)
 
 
@@ -141,9 +143,11 @@ def _pairs(meter: Meter, mapping: dict[Any, Any]) -> list[tuple[Any, Any]]:
 _TEXT_METHODS: dict[str, Method] = {
     **{
         name: _plain(name)
-        for name in words("""capitalize casefold count endswith find index isalnum isalpha isdecimal isdigit islower
-        isnumeric isspace istitle isupper lower partition removeprefix removesuffix startswith swapcase title
-        upper""")
+        for name in words(
+            """capitalize casefold count endswith find index isalnum isalpha isdecimal isdigit islower
+            isnumeric isspace istitle isupper lower partition removeprefix removesuffix startswith
+            swapcase title upper"""
+        )
     },
     **{name: _stripped(name) for name in ("strip", "lstrip", "rstrip")},
     **{name: _padded(name) for name in ("center", "ljust", "rjust", "zfill")},
@@ -211,8 +215,8 @@ def _weighed(name: str) -> Method:
     def run(meter: Meter, value: object, *arguments: Any, context: Context, **named: Any) -> Any:
         if not isinstance(value, Undefined):
             meter.charge(meter.weight(value))
-        first = {"context": [context], "eval_context": [context.eval_ctx]}
-        given = first.get(kind.name, [context.environment]) if kind else []
+        first: dict[str, list[Any]] = {"context": [context], "eval_context": [context.eval_ctx]}
+        given: list[Any] = first.get(kind.name, [context.environment]) if kind else []
         return inner(*given, value, *arguments, **named)
 
     run.__dict__["wants_context"] = True
@@ -248,7 +252,8 @@ def _joined(meter: Meter, value: Any, d: str = "", attribute: str | int | None =
 
 
 def _sum(meter: Meter, value: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
-    numbers = [start, *(value if attribute is None else [item[attribute] for item in value])]
+    numbers: list[Any] = [start]
+    numbers += value if attribute is None else [item[attribute] for item in value]
     if not all(isinstance(number, int | float) for number in numbers):
         raise over_limit("it sums up values that are no numbers")
     return sum(meter.each(numbers))

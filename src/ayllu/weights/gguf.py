@@ -30,10 +30,10 @@ MAX_KEYS = 1 << 15
 MAX_KEY_BYTES = 65_535
 MAX_TENSOR_NAME_BYTES = 64
 MAX_DIMENSIONS = 4
-MAX_STRING_BYTES = 1 << 22
+MAX_STRING_BYTES = 1 << 21
 MAX_STRINGS = 1_200_000
-HEADER_BUDGET = 40 << 20
-"""Bytes that the strings of a header may take in memory, beyond the size of the file."""
+HEADER_BUDGET = 48 << 20
+"""Bytes of memory for a header's strings, beyond the part of the file that has not been touched yet."""
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -128,7 +128,7 @@ class _Header:
         self.size = file.size
         self.view = file.bytes.data
         self.position = 0
-        self.budget = self.size + HEADER_BUDGET
+        self.spent = 0
         self.strings_left = MAX_STRINGS
 
     def fail(
@@ -150,10 +150,14 @@ class _Header:
     def u64(self, field: str) -> int:
         return int(_U64.unpack_from(self.view, self.take(8, field))[0])
 
+    @property
+    def budget(self) -> int:
+        return HEADER_BUDGET + self.size - self.position - self.spent
+
     def spend(self, amount: int, field: str, offset: int) -> None:
-        self.budget -= amount
-        if self.budget < 0:
+        if amount > self.budget:
             self.fail("the header takes too much memory", field, offset)
+        self.spent += amount
 
     def string(self, field: str, longest: int) -> str:
         at = self.position

@@ -22,8 +22,11 @@ from ayllu.model.config import (
     RopeScaling,
     VisionConfig,
 )
+from ayllu.weights.hf_config_writer import hugging_face_config
 from ayllu.weights.hf_fields import Fields
 from ayllu.weights.json_file import read_json_object
+
+__all__ = ["config_from_hugging_face", "config_notes", "hugging_face_config", "read_config"]
 
 MAX_CONFIG_BYTES = 4 << 20
 LIST_SLACK = 4 * MAX_LAYERS

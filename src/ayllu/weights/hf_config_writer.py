@@ -143,9 +143,12 @@ def _llama4_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def _vision(vision: VisionConfig) -> dict[str, Any]:
-    if vision.adapter_hidden_size != vision.adapter_output_size:
+    shuffled = vision.hidden_size * vision.shuffle**2
+    if vision.adapter_hidden_size != vision.adapter_output_size or vision.intermediate_size != shuffled:
         raise UnsupportedError(
-            "Hugging Face's image adapter has one width for both layers.", "Keep this model in GGUF."
+            "Hugging Face's llama4 needs one width for both layers of the image adapter, and an image tower "
+            f"whose inner width is that of a shuffled patch ({shuffled}, not {vision.intermediate_size}).",
+            "Choose other widths.",
         )
     return {
         "hidden_act": "gelu",

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ayllu.errors import NoSpaceError, UnsupportedError, UsageError
+from ayllu.errors import UnsupportedError, UsageError
 from ayllu.model.config import ModelConfig
 from ayllu.model.parameters import parameter_shapes
 from ayllu.progress import SILENT, Progress
@@ -26,7 +26,12 @@ from ayllu.weights.hf_config_writer import hugging_face_config, rope_layout_of
 from ayllu.weights.json_file import read_json_object
 from ayllu.weights.names import NameMap, hugging_face_names
 from ayllu.weights.rope_layout import permute_rope_rows
-from ayllu.weights.safetensors_writer import DEFAULT_SHARD_BYTES, OutgoingTensor, write_shards
+from ayllu.weights.safetensors_writer import (
+    DEFAULT_SHARD_BYTES,
+    OutgoingTensor,
+    write_failure,
+    write_shards,
+)
 from ayllu.weights.scaled import SCALED_FP8
 from ayllu.weights.tensors import PLAIN_ENCODINGS, Array, JoinedTensor, PlainTensor, StoredTensor
 
@@ -82,10 +87,7 @@ def save_folder(
             write_shards(partial, tensors, task=task, max_shard_bytes=max_shard_bytes)
         _publish(partial, path)
     except OSError as error:
-        raise NoSpaceError(
-            f"{path} cannot be written: {error.strerror or error}.",
-            "Free some space or choose another folder.",
-        ) from error
+        raise write_failure(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -16,11 +16,14 @@ from ayllu.model.config import ExpertsConfig, ModelConfig
 from ayllu.weights.checkpoint import Checkpoint
 from ayllu.weights.folder_files import member_path
 from ayllu.weights.hf_config import config_from_hugging_face, read_config
+from ayllu.weights.hf_save import save_folder
 from ayllu.weights.json_file import read_json_object
 from ayllu.weights.names import hugging_face_names
 from ayllu.weights.safetensors import MAX_TENSORS, SafetensorsFile
 from ayllu.weights.scaled import ScaledTensor, has_fp8_weights
 from ayllu.weights.tensors import JoinedTensor, PlainTensor, StoredTensor
+
+__all__ = ["open_folder", "save_folder"]
 
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 32 << 20

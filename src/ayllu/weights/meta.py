@@ -27,6 +27,7 @@ from ayllu.weights.folder_files import companions, member_path
 from ayllu.weights.meta_params import config_from_params, params_from_config, read_params
 from ayllu.weights.names import NameMap, meta_names
 from ayllu.weights.rope_layout import permute_rope_rows
+from ayllu.weights.safetensors_writer import write_failure
 from ayllu.weights.tensors import Array, JoinedTensor, PlainTensor, StoredTensor
 
 if TYPE_CHECKING:
@@ -302,6 +303,8 @@ def save_meta(checkpoint: Checkpoint, folder: Path, *, shards: int = 1, progress
         if folder.exists():
             folder.rmdir()
         partial.replace(folder)
+    except OSError as error:
+        raise write_failure(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

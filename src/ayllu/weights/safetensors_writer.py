@@ -6,6 +6,7 @@ files. A file appears under its name only when it is complete.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ayllu.errors import NoSpaceError
+from ayllu.errors import AylluError, NoSpaceError, UsageError
 from ayllu.progress import Task
 from ayllu.weights.tensors import PLAIN_ENCODINGS, Array
 
@@ -117,9 +118,13 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise NoSpaceError(
-            f"{path} cannot be written: {error.strerror or error}.",
-            "Free some space or choose another folder.",
-        ) from error
+        raise write_failure(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_failure(path: Path, error: OSError) -> AylluError:
+    """What to raise when the system refuses to write `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(f"The disk holding {path} is full.", "Free some space, or choose another target.")
+    return UsageError(f"{path} cannot be written: {error.strerror or error}.", "Choose another target.")

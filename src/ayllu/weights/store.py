@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -186,6 +186,8 @@ class Store:
                     return source, source.fetch(order)
             except (SourceError, IntegrityError, UnsupportedError) as error:
                 failures.append((source, error))
+        with suppress(OSError):
+            folder.rmdir()  # succeeds only when nothing is left to continue from
         if len(failures) == 1:
             raise failures[0][1]
         reasons = "; ".join(f"{source.text}: {error.problem.rstrip('.')}" for source, error in failures)
@@ -243,7 +245,8 @@ class Store:
             bin_folder = self.root / ".partial" / f".removed-{uuid.uuid4().hex}"
             bin_folder.parent.mkdir(exist_ok=True)
             folder.rename(bin_folder)
-            shutil.rmtree(bin_folder, ignore_errors=True)
+        for leftover in (self.root / ".partial").glob(".removed-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _read(self, name: str) -> InstalledModel:
         return read_installed(self.root / name)
