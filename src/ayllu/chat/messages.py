@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,3 +65,10 @@ class Message:
     def text(self) -> str:
         """All text of the message, images left out."""
         return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+
+def user_message(text: str, images: Sequence[bytes] = ()) -> Message:
+    """A user's turn: encoded images first, then the text about them."""
+    if not images:
+        return Message("user", text)
+    return Message("user", (*(ImagePart(data) for data in images), TextPart(text)))

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ayllu.chat.messages import Message
-    from ayllu.cli.measure import Timing
-    from ayllu.engine.loaded_model import Answer, LoadedModel
+    from ayllu.engine.loaded_model import Answer
     from ayllu.settings import Settings
+    from ayllu.weights.installed import InstalledModel
 
 
 def chat(
@@ -51,13 +50,16 @@ def chat(
     On a terminal this opens a conversation; /help lists its commands. In a pipe it answers once:
     cat report.txt | ayllu chat -p "Summarise this."
     """
+    from ayllu.chat.messages import Message, user_message
     from ayllu.cli.measure import Timing
+    from ayllu.engine.loaded_model import open_model
     from ayllu.engine.sampling import Sampling
+    from ayllu.progress import TerminalProgress
     from ayllu.settings import load_settings
 
     clock = Timing()
     settings = load_settings({"device": device, "dtype": dtype})
-    one_answer = prompt is not None or as_json or not sys.stdin.isatty()
+    one_answer = prompt is not None or as_json or not _at_terminal()
     question = _question(prompt) if one_answer else None
     images = [_read_image(path) for path in image or ()]
     sampling = Sampling(
@@ -68,14 +70,20 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    path = _find_or_pull(model, pull, settings)
-    loaded = _open(path, context, settings, clock)
+    installed = _find_or_pull(model, pull, settings)
+    loaded = open_model(
+        installed.path,
+        context=context,
+        device=settings.device,
+        dtype=settings.dtype,
+        progress=TerminalProgress(),
+    )
     if question is None:
         from ayllu.cli.conversation import Conversation
 
         Conversation(
             loaded,
-            name=path.stem if path.is_file() else path.name,
+            name=installed.name,
             system=system,
             images=images,
             sampling=sampling,
@@ -83,11 +91,16 @@ def chat(
             clock=clock if timing else None,
         ).run()
         return
-    messages = _messages(system, question, images)
+    messages = [*([Message("system", system)] if system else []), user_message(question, images)]
     answer = loaded.answer(messages, sampling=sampling, max_new_tokens=max_tokens)
-    _print_answer(answer, path, as_json)
+    _print_answer(answer, installed.name, as_json)
     if timing:
         clock.report(answer, loaded)
+
+
+def _at_terminal() -> bool:
+    # Standard input can be closed altogether, then Python has no object for it.
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _question(prompt: str | None) -> str:
@@ -95,7 +108,7 @@ def _question(prompt: str | None) -> str:
     from ayllu.errors import UsageError
 
     piped = ""
-    if not sys.stdin.isatty():
+    if sys.stdin is not None and not sys.stdin.isatty():
         piped, encoding = decode_text(sys.stdin.buffer.read())
         if encoding != "utf-8":
             print(f"(read the input as {encoding})", file=sys.stderr)
@@ -114,7 +127,7 @@ def _read_image(path: Path) -> bytes:
         raise ImageError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
 
 
-def _find_or_pull(model: str | None, pull: bool, settings: Settings) -> Path:
+def _find_or_pull(model: str | None, pull: bool, settings: Settings) -> InstalledModel:
     """Where the model's files are. The default model is fetched on first use, as nobody named another."""
     from ayllu.errors import UnknownModelError
     from ayllu.progress import TerminalProgress
@@ -122,39 +135,20 @@ def _find_or_pull(model: str | None, pull: bool, settings: Settings) -> Path:
 
     store = Store(settings.store)
     try:
-        return store.find(model or settings.default_model).path
+        return store.find(model or settings.default_model)
     except UnknownModelError:
         if model is not None and not pull:
             raise
     if model is not None:
-        return store.ensure(model, TerminalProgress(0)).path
+        return store.ensure(model, TerminalProgress(0))
     print(f"Fetching {settings.default_model}, this happens once.", file=sys.stderr)
     installed, notes = pull_with_fallback(store, settings.default_model, TerminalProgress(0))
     for note in notes:
         print(note, file=sys.stderr)
-    return installed.path
+    return installed
 
 
-def _open(path: Path, context: int | None, settings: Settings, clock: Timing) -> LoadedModel:
-    from ayllu.engine.loaded_model import open_model
-    from ayllu.progress import TerminalProgress
-
-    loaded = open_model(
-        path, context=context, device=settings.device, dtype=settings.dtype, progress=TerminalProgress()
-    )
-    clock.loaded()
-    return loaded
-
-
-def _messages(system: str | None, question: str, images: list[bytes]) -> list[Message]:
-    from ayllu.chat.messages import ImagePart, Message, TextPart
-
-    content = (*(ImagePart(data) for data in images), TextPart(question)) if images else question
-    messages = [Message("system", system)] if system else []
-    return [*messages, Message("user", content)]
-
-
-def _print_answer(answer: Answer, path: Path, as_json: bool) -> None:
+def _print_answer(answer: Answer, name: str, as_json: bool) -> None:
     pieces = []
     try:
         for piece in answer:
@@ -171,7 +165,7 @@ def _print_answer(answer: Answer, path: Path, as_json: bool) -> None:
             print()
         return
     result = {
-        "model": path.stem if path.is_file() else path.name,
+        "model": name,
         "text": "".join(pieces),
         "finish_reason": answer.finish_reason,
         "usage": {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.new_tokens},

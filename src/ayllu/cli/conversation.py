@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import platformdirs
 from prompt_toolkit import PromptSession
@@ -20,7 +20,7 @@ from prompt_toolkit.formatted_text import ANSI
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from ayllu.chat.messages import ImagePart, Message, TextPart
+from ayllu.chat.messages import Message, user_message
 from ayllu.engine.sampling import Sampling
 from ayllu.errors import AylluError, ImageError, UsageError, did_you_mean
 
@@ -148,8 +148,7 @@ class Conversation:
         self.commands[command](rest.strip())
 
     def _ask(self, text: str) -> None:
-        content = (*(ImagePart(data) for data in self.images), TextPart(text)) if self.images else text
-        self.messages.append(Message("user", content))
+        self.messages.append(user_message(text, self.images))
         try:
             self._answer()
         except AylluError:
@@ -206,11 +205,13 @@ class Conversation:
                 raise UsageError(
                     f"There is no setting {name}.{did_you_mean(name, known)}", f"Known: {known}."
                 )
-            number = _number(name, value, whole=name in ("top_k", "seed", "max_tokens"))
             if name == "max_tokens":
-                self.max_tokens = None if number is None else int(number)
+                self.max_tokens = _whole(name, value)
+            elif name == "seed":
+                self.sampling = dataclasses.replace(self.sampling, seed=_whole(name, value))
             else:
-                self.sampling = dataclasses.replace(self.sampling, **{name: number})
+                convert = int if name == "top_k" else float
+                self.sampling = dataclasses.replace(self.sampling, **{name: _number(name, value, convert)})
         for name in fields:
             print(f"  {name} = {getattr(self.sampling, name)}")
         print(f"  max_tokens = {self.max_tokens}")
@@ -270,10 +271,13 @@ class Conversation:
         raise SystemExit
 
 
-def _number(name: str, value: str, *, whole: bool) -> float | None:
-    if value.strip().lower() in ("none", "off") and name in ("seed", "max_tokens"):
-        return None
+def _whole(name: str, value: str) -> int | None:
+    """A whole number, or None for a setting that is to be off."""
+    return None if value.strip().lower() in ("none", "off") else int(_number(name, value, int))
+
+
+def _number(name: str, value: str, convert: Callable[[str], float]) -> Any:
     try:
-        return int(value) if whole else float(value)
+        return convert(value)
     except ValueError as error:
         raise UsageError(f"{value!r} is not a number for {name}.", f"Use /set {name} NUMBER.") from error

@@ -8,15 +8,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ayllu import process
 from ayllu.chat.detokenizer import StreamDecoder
 from ayllu.chat.formats import ChatFormat, chat_format_for
+from ayllu.chat.images import TiledImage
 from ayllu.chat.messages import Message, ToolDefinition
 from ayllu.chat.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 from ayllu.engine.sampling import Sampling
 from ayllu.errors import ModelFileError, UnsupportedError
 from ayllu.progress import SILENT, Progress
 from ayllu.weights.checkpoint import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_TEMPLATE_BYTES = 1 << 20
 
@@ -52,7 +58,11 @@ class Answer:
 
 
 class LoadedModel:
-    """Answers conversations. Not for use by two callers at once."""
+    """Answers conversations. Not for use by two callers at once.
+
+    weight_bytes: size of the weights in memory. load_peak_bytes: how far the resident memory rose while
+    loading. loaded_at: `time.perf_counter()` when loading ended.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, tokenizer: Tokenizer, chat_format: ChatFormat, *, context: int | None,
@@ -67,8 +77,12 @@ class LoadedModel:
         self.chat_format = chat_format
         target = choose_device(device)
         precision = choose_dtype(dtype, target)
-        require_memory(memory_bytes(checkpoint.config, precision), target)
+        self.weight_bytes = memory_bytes(checkpoint.config, precision)
+        require_memory(self.weight_bytes, target)
+        before = process.resident_bytes()
         decoder = load_decoder(checkpoint, device=target, dtype=precision, progress=progress)
+        self.load_peak_bytes = process.peak_resident_bytes() - before
+        self.loaded_at = time.perf_counter()
         self.oracle = Oracle(decoder, context)
         self.device = str(target)
         self.dtype = str(precision).removeprefix("torch.")
@@ -96,7 +110,7 @@ class LoadedModel:
         self,
         answer: Answer,
         tokens: Sequence[int],
-        images: Sequence[object],
+        images: Sequence[TiledImage],
         sampling: Sampling,
         max_new_tokens: int | None,
     ) -> Iterator[str]:
@@ -118,7 +132,7 @@ class LoadedModel:
             yield text
 
 
-def _pixels(images: Sequence[object]) -> object:
+def _pixels(images: Sequence[TiledImage]) -> Tensor | None:
     if not images:
         return None
     import numpy as np

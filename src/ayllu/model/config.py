@@ -329,6 +329,7 @@ class ModelConfig:
         meets (the embedding is a lookup) and of its attention over the keys each layer sees."""
         lookup = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
         norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
-        matrices = 2 * (self.active_parameters - lookup - norms - self.num_hidden_layers * self._attention_biases)
+        biases = self.num_hidden_layers * self._attention_biases
+        matrices = 2 * (self.active_parameters - lookup - norms - biases)
         seen = sum(context + 1 if layer.chunk is None else context % layer.chunk + 1 for layer in self.layers)
         return matrices + 4 * self.num_attention_heads * self.head_dim * seen

@@ -7,15 +7,14 @@ under `ayllu.`; other programs ignore those keys.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal
 
 import numpy as np
 
-from ayllu.errors import ModelFileError, UnsupportedError
+from ayllu.errors import UnsupportedError
 from ayllu.model.config import (
     MAX_CONTEXT,
     MAX_EXPERTS,
@@ -32,6 +31,7 @@ from ayllu.model.config import (
 )
 from ayllu.model.presets import llama4_layers
 from ayllu.model.rope_frequencies import rope_frequencies
+from ayllu.weights.gguf_metadata import Metadata, described
 
 Architecture = Literal["llama", "qwen2", "llama4"]
 ARCHITECTURES: tuple[Architecture, ...] = ("llama", "qwen2", "llama4")
@@ -65,70 +65,6 @@ _UNKNOWN_ARITHMETIC = (
 
 _OWN_LAYERS = ("ayllu.layers.rotates", "ayllu.layers.chunk", "ayllu.layers.experts")
 _OWN_SCALING = "ayllu.rope.scaling."
-
-
-class Metadata:
-    """Typed reading of metadata. Missing, mistyped or impossible values raise ModelFileError with the key."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        self.path = path
-        self.values = values
-
-    def fail(self, key: str, expected: object, got: object) -> NoReturn:
-        raise ModelFileError(
-            self.path, "the metadata does not describe a model", field=key, expected=expected, got=got
-        )
-
-    def text(self, key: str) -> str:
-        value = self.values.get(key)
-        if not isinstance(value, str):
-            self.fail(key, "text", _described(value))
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key, default)
-        if not isinstance(value, bool):
-            self.fail(key, "true or false", _described(value))
-        return value
-
-    def integer(self, key: str, largest: int, *, smallest: int = 1, default: int | None = None) -> int:
-        """A whole number within bounds, or an array that holds the same one for every layer."""
-        value = self.values.get(key, default)
-        if isinstance(value, np.ndarray) and value.size and value.dtype.kind in "iu":
-            if value.size > MAX_LAYERS or (value != value[0]).any():
-                raise UnsupportedError(
-                    f"{self.path}: {key} differs between layers.",
-                    "Models whose layers differ so are not read.",
-                )
-            value = int(value[0])
-        if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= largest:
-            self.fail(key, f"a whole number from {smallest} to {largest}", _described(value))
-        return value
-
-    def real(self, key: str, default: float | None = None) -> float:
-        """A finite number. float32 values come back as the shortest decimal that means them: 1e-05, not
-        9.999999747378752e-06, so that a config read back equals the one written."""
-        value = self.values.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            self.fail(key, "a finite number", _described(value))
-        with np.errstate(over="ignore"):
-            single = np.float32(value)
-        return float(str(single)) if float(single) == value else float(value)
-
-    def numbers(self, key: str, count: int, kinds: str) -> list[Any]:
-        """An array of exactly `count` numbers of numpy kinds `kinds`."""
-        value = self.values.get(key)
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds or value.size != count:
-            self.fail(key, f"an array of {count}", _described(value))
-        return cast(list[Any], value.tolist())
-
-
-def _described(value: object) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, list | np.ndarray):
-        return f"an array of {len(value)}"
-    return repr(value)
 
 
 def architecture_of(metadata: Metadata) -> Architecture:
@@ -226,7 +162,7 @@ def _vocabulary_size(metadata: Metadata, name: Architecture, embedding_rows: int
     """The embedding's rows: files may pad them beyond the tokens that have a name, never the reverse."""
     tokens = metadata.values.get("tokenizer.ggml.tokens")
     if tokens is not None and not (isinstance(tokens, list)):
-        metadata.fail("tokenizer.ggml.tokens", "an array of texts", _described(tokens))
+        metadata.fail("tokenizer.ggml.tokens", "an array of texts", described(tokens))
     if tokens is not None and len(tokens) > embedding_rows:
         metadata.fail(
             "tokenizer.ggml.tokens", f"at most {embedding_rows} embeddings", f"{len(tokens)} tokens"

@@ -11,7 +11,8 @@ from pathlib import Path
 from ayllu.errors import ModelFileError, UnsupportedError
 from ayllu.weights.checkpoint import Checkpoint
 from ayllu.weights.gguf import GgufFile, read_gguf
-from ayllu.weights.gguf_config import ROPE_FACTORS, Metadata, architecture_of, config_from_metadata
+from ayllu.weights.gguf_config import ROPE_FACTORS, architecture_of, config_from_metadata
+from ayllu.weights.gguf_metadata import Metadata
 from ayllu.weights.names import gguf_names
 from ayllu.weights.tensors import StoredTensor
 

@@ -38,7 +38,7 @@ BLOCK_ELEMENTS = 1 << 18
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a setting means; 'auto' takes a GPU if there is one. Raises UsageError if it is not there."""
+    """The device a setting means; 'auto' takes a GPU if there is one. Raises UsageError if it is absent."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -47,6 +47,7 @@ _BITS_BY_CODE = tuple(_BITS.values())
 _CODE = {name.encode(): code for code, name in enumerate(_ENCODINGS)}
 
 _SPACE = rb"[ \t\r\n]*+"
+_SPACES = re.compile(_SPACE)
 _STRING = rb'"([^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+)"'
 _KEY = re.compile(_SPACE + _STRING + _SPACE + rb":" + _SPACE)
 _VALUE_STRING = re.compile(_STRING + _SPACE)
@@ -359,13 +360,12 @@ class _Header:
         return text
 
     def _skip_space(self, at: int) -> int:
-        while at < len(self._buffer) and self._buffer[at] in b" \t\r\n":
-            at += 1
-        return at
+        found = _SPACES.match(self._buffer, at)
+        return found.end() if found is not None else at
 
     def _byte(self, at: int) -> str:
         return chr(self._buffer[at]) if at < len(self._buffer) else ""
 
     def _end(self, at: int) -> None:
-        if any(self._buffer[at:].tobytes().strip(b" \t\r\n")):
+        if self._skip_space(at) != len(self._buffer):
             self._fail("has something after its header", at)
