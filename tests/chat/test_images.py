@@ -35,7 +35,7 @@ for name in ["torchvision", "torchvision.transforms", "torchvision.transforms.v2
     sys.modules[name] = module
 sys.modules["torchvision.transforms.v2"].functional = sys.modules["torchvision.transforms.v2.functional"]
 llama4 = importlib.import_module("transformers.models.llama4.image_processing_llama4")
-side = types.SimpleNamespace(height=336, width=336)
+side = type("Side", (), {"height": 336, "width": 336})()
 resolutions = llama4.find_supported_resolutions(16, side)
 table = torch.tensor(resolutions)
 def one(size, largest):

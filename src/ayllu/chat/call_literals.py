@@ -26,7 +26,8 @@ _NUMBER_TAIL = re.compile(r"[\w.+-]+", re.ASCII)
 _INTEGER = re.compile(r"[+-]?\d[\d_]*", re.ASCII)
 _FLOAT = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
-_SIMPLE_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0"}
+_SIMPLE_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v"}
+_OCTAL = "01234567"
 _CODE_ESCAPES = {"x": 2, "u": 4, "U": 8}
 
 
@@ -219,6 +220,12 @@ def _read_escape(stream: CharacterStream, *, json: bool) -> Reading[str]:
         if code > 0x10FFFF:
             raise NotACall
         return chr(code)
+    if character in _OCTAL:
+        digits = character
+        while len(digits) < 3 and (digit := (yield from stream.peek())) and digit in _OCTAL:
+            stream.advance()
+            digits += digit
+        return chr(int(digits, 8))
     if character == "\n":
         return ""
     if json or character in "\\'\"":
@@ -233,16 +240,18 @@ def _without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _read_sequence(stream: CharacterStream, closing: str, *, json: bool, depth: int) -> Reading[list[object]]:
+def _read_sequence(stream: CharacterStream, closing: str, *, json: bool, depth: int) -> Reading[object]:
+    """A list or tuple; parentheses around one value without a comma are only parentheses."""
     stream.advance()
     values: list[object] = []
+    commas = 0
     while True:
         yield from read_blanks(stream)
         if (yield from stream.peek()) == closing:
             stream.advance()
-            return values
+            return values[0] if closing == ")" and len(values) == 1 and not commas else values
         values.append((yield from read_value(stream, json=json, depth=depth)))
-        yield from read_separator(stream, closing)
+        commas += yield from read_separator(stream, closing)
 
 
 def _read_mapping(stream: CharacterStream, *, json: bool, depth: int) -> Reading[dict[str, object]]:
@@ -263,14 +272,16 @@ def _read_mapping(stream: CharacterStream, *, json: bool, depth: int) -> Reading
         yield from read_separator(stream, "}")
 
 
-def read_separator(stream: CharacterStream, closing: str) -> Reading[None]:
-    """Consume a comma; nothing may stand here but a comma or `closing`, which is left."""
+def read_separator(stream: CharacterStream, closing: str) -> Reading[bool]:
+    """Consume a comma if there is one; nothing else may stand here but `closing`, which is left."""
     yield from read_blanks(stream)
     character = yield from stream.peek()
     if character == ",":
         stream.advance()
-    elif character != closing:
+        return True
+    if character != closing:
         raise NotACall
+    return False
 
 
 def literal(text: str, *, json: bool) -> object:

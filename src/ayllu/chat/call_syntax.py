@@ -67,6 +67,7 @@ class CallReader:
     def _read_arguments(self) -> Reading[dict[str, Any]]:
         """`(a=1, b="x")`: keyword arguments only, each once."""
         stream = self._stream
+        yield from read_blanks(stream)
         yield from stream.expect("(")
         arguments: dict[str, Any] = {}
         while True:
@@ -166,11 +167,13 @@ class CallReader:
                 raise NotACall
 
     def tagged(self) -> Reading[list[ToolCall]]:
+        """The inside of `<tool_call>`."""
         calls = yield from self._block()
         yield from self._read_closing("</tool_call>")
         return calls
 
     def function(self) -> Reading[list[ToolCall]]:
+        """What follows `<function=`."""
         name = self._allowed((yield from read_name(self._stream)))
         yield from self._stream.expect(">")
         yield from read_blanks(self._stream)
@@ -200,6 +203,7 @@ class CallReader:
         return calls
 
     def fenced(self) -> Reading[list[ToolCall]]:
+        """What follows three backquotes: perhaps a language, calls, three backquotes."""
         language = yield from self._stream.run_all(_LANGUAGE, 32)
         if language not in _CALL_FENCES:
             raise NotACall

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ayllu.model.config import AttentionTemperature, LayerSpec, ModelConfig
+from ayllu.model.layers import Linear
 from ayllu.model.rope import rotate
 
 
@@ -103,10 +104,10 @@ class Attention(nn.Module):
         width, bias = config.hidden_size, config.qkv_bias
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, queries, bias=bias)
-        self.k_proj = nn.Linear(width, keys, bias=bias)
-        self.v_proj = nn.Linear(width, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, width, bias=False)
+        self.q_proj = Linear(width, queries, bias=bias)
+        self.k_proj = Linear(width, keys, bias=bias)
+        self.v_proj = Linear(width, keys, bias=bias)
+        self.o_proj = Linear(queries, width, bias=False)
 
     def forward(
         self, x_BD: Tensor, positions_B: Tensor, angles: tuple[Tensor, Tensor], attend: Attend

@@ -14,6 +14,7 @@ from ayllu.errors import UsageError
 from ayllu.model.attention import Attend, Attention, RMSNorm
 from ayllu.model.config import ModelConfig
 from ayllu.model.feed_forward import MixtureFeedForward, SwiGLU
+from ayllu.model.layers import Embedding, Linear
 from ayllu.model.rope import rope_angles
 from ayllu.model.rope_frequencies import rope_frequencies
 from ayllu.model.vision import VisionModel
@@ -49,13 +50,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.vision = VisionModel(config.vision, config.hidden_size) if config.vision else None
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            else Linear(config.hidden_size, config.vocab_size, bias=False)
         )
         self._frequencies = rope_frequencies(config.rope, config.head_dim)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ayllu.model.config import ExpertsConfig
+from ayllu.model.layers import Linear
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -25,9 +26,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.gate_proj = Linear(width, hidden, bias=False)
+        self.up_proj = Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return swiglu(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
@@ -73,7 +74,7 @@ class MixtureFeedForward(nn.Module):
     def __init__(self, config: ExpertsConfig, width: int) -> None:
         super().__init__()
         self.top_k = config.top_k
-        self.router = nn.Linear(width, config.num_experts, bias=False)
+        self.router = Linear(width, config.num_experts, bias=False)
         self.experts = Experts(config, width)
         self.shared_expert = SwiGLU(width, config.shared_intermediate_size)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ayllu.model.config import VisionConfig
+from ayllu.model.layers import LayerNorm, Linear
 from ayllu.model.rope import rotate
 
 
@@ -45,10 +46,10 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = (
@@ -63,8 +64,8 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -73,9 +74,9 @@ class VisionMLP(nn.Module):
 class VisionBlock(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = VisionAttention(config)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = VisionMLP(config)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -90,12 +91,12 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         patch_values = config.num_channels * config.patch_size**2
-        self.patch_embedding = nn.Linear(patch_values, config.hidden_size, bias=False)
+        self.patch_embedding = Linear(patch_values, config.hidden_size, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
         self.position_embedding = nn.Parameter(torch.empty(config.grid**2 + 1, config.hidden_size))
-        self.norm_before = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm_before = LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm_after = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm_after = LayerNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
         patches = F.unfold(pixels_NCHW, self.config.patch_size, stride=self.config.patch_size).transpose(1, 2)
@@ -114,8 +115,8 @@ class VisionAdapter(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size * config.shuffle**2, config.adapter_hidden_size, bias=False)
-        self.fc2 = nn.Linear(config.adapter_hidden_size, config.adapter_output_size, bias=False)
+        self.fc1 = Linear(config.hidden_size * config.shuffle**2, config.adapter_hidden_size, bias=False)
+        self.fc2 = Linear(config.adapter_hidden_size, config.adapter_output_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.fc2(F.gelu(self.fc1(x))))
@@ -129,7 +130,7 @@ class VisionModel(nn.Module):
         self.config = config
         self.tower = VisionTower(config)
         self.adapter = VisionAdapter(config)
-        self.projector = nn.Linear(config.adapter_output_size, decoder_width, bias=False)
+        self.projector = Linear(config.adapter_output_size, decoder_width, bias=False)
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
         patches = self.tower(pixels_NCHW.to(self.projector.weight.dtype))

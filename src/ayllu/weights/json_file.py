@@ -23,12 +23,13 @@ def read_json_object(path: Path, *, max_bytes: int, max_values: int = MAX_VALUES
     is not strict JSON, names a key twice, or is nested too deeply.
     """
     try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise ModelFileError(path, "is too large", expected=f"at most {max_bytes} bytes", got=size)
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+            data = file.read(size)
     except OSError as error:
         raise ModelFileError(path, f"cannot be read: {error.strerror or error}") from error
-    if len(data) > max_bytes:
-        raise ModelFileError(path, "is too large", expected=f"at most {max_bytes} bytes")
     # Each value but the first follows a comma or opens inside a bracket; text can only raise the count.
     values = 1 + sum(data.count(opener) for opener in _OPENERS)
     if values > max_values:
