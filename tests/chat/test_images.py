@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -96,6 +96,7 @@ def test_canvas_and_size_equal_the_reference_for_many_sizes(reference: dict, lar
         assert list(resized_size(size, ours, config)) == [max(side, 1) for side in resized], size
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 20))
 def test_canvas_obeys_the_rule_in_exact_arithmetic(height: int, width: int, max_tiles: int) -> None:
     rows, columns = best_canvas((height, width), ImageConfig(max_tiles=max_tiles))
@@ -215,6 +216,7 @@ def test_hostile_bytes_are_an_image_error_without_paths_or_addresses(name: str) 
     assert caught.value.fix
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40), st.integers(0, len(PNG)))
 def test_damaged_bytes_give_an_image_or_an_image_error(noise: bytes, place: int) -> None:
     with contextlib.suppress(ImageError):

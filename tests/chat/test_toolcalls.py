@@ -197,7 +197,7 @@ ALPHABET = [
 answers = st.lists(st.sampled_from(ALPHABET), max_size=30).map("".join) | st.sampled_from(list(CORPUS))
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(st.lists(answers, max_size=3).map("".join), st.data())
 def test_streamed_and_whole_text_agree_for_any_cuts(answer: str, data: st.DataObject) -> None:
     tools = data.draw(st.sampled_from([None, (), (ToolDefinition("f"),), (ToolDefinition("python"),)]))
@@ -210,6 +210,7 @@ def test_streamed_and_whole_text_agree_for_any_cuts(answer: str, data: st.DataOb
         assert {found.name for found in whole[1]} <= {tool.name for tool in tools}
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_answers_without_calls_come_back_unchanged(answer: str) -> None:
     text, calls = parse_tool_calls(answer, ())
@@ -230,6 +231,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(values)
 def test_values_written_by_json_and_by_python_are_read_back(value: Any) -> None:
     assert literal(json.dumps(value), json=True) == value
@@ -245,7 +247,7 @@ def without_tuples(value: Any) -> Any:
     return value
 
 
-@settings(max_examples=600)
+@settings(max_examples=600, deadline=None)
 @given(st.text("[]{}(),:'\"\\ntTrueNone01.-+eE_ ", max_size=25))
 def test_whatever_is_read_as_a_literal_python_reads_alike(text: str) -> None:
     try:
@@ -361,6 +363,7 @@ def test_work_is_linear_in_the_length_whole_and_streamed(name: str) -> None:
         assert whole <= 7 * 40_000
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(HOSTILE)), st.integers(0, 300))
 def test_hostile_answers_lose_no_text(name: str, length: int) -> None:
     answer = HOSTILE[name](length)

@@ -112,7 +112,9 @@ CASES = {
     "llama": _llama,
     "llama-tied-head": lambda seed: _llama(seed, tie_word_embeddings=True),
     "llama-3-rope": lambda seed: _llama(
-        seed, rope_parameters=LLAMA3_ROPE | {"factor": 8.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+        seed,
+        rope_parameters=LLAMA3_ROPE
+        | {"factor": 8.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
     ),
     "llama-head-dim-8": lambda seed: _llama(seed, head_dim=8, num_key_value_heads=1),
     "qwen2": _qwen2,
@@ -187,7 +189,11 @@ def _llama4_multimodal(seed: int):
         rope_parameters=dict(rope_type="default", rope_theta=10_000.0),
     )
     config = Llama4Config(
-        text_config=_llama4_text_config(), vision_config=vision, image_token_index=90, boi_token_index=88, eoi_token_index=89
+        text_config=_llama4_text_config(),
+        vision_config=vision,
+        image_token_index=90,
+        boi_token_index=88,
+        eoi_token_index=89,
     )
     model = Llama4ForConditionalGeneration(config).eval().float()
     torch.nn.init.normal_(model.vision_model.class_embedding)
@@ -211,7 +217,12 @@ def test_t12_vision_features_and_fused_logits_equal_transformers(seed: int, tmp_
     per_tile = decoder.config.vision.tokens_per_tile
     pieces = [torch.randint(3, 88, (4,))]
     for _ in range(tiles):
-        pieces += [torch.tensor([88]), torch.full((per_tile,), 90), torch.tensor([89]), torch.randint(3, 88, (3,))]
+        pieces += [
+            torch.tensor([88]),
+            torch.full((per_tile,), 90),
+            torch.tensor([89]),
+            torch.randint(3, 88, (3,)),
+        ]
     tokens = torch.cat(pieces)[None]
     fused = model(input_ids=tokens, pixel_values=pixels, use_cache=False).logits
     positions = torch.arange(tokens.shape[1])[None]

@@ -194,7 +194,7 @@ def test_a_gguf_becomes_a_folder_in_half_rotation_order(smollm2_gguf: Path, tmp_
     """Blocks decode as the gguf package decodes them; rotary rows move from pairs to halves."""
     from gguf import GGUFReader, dequantize
 
-    save_folder(open_checkpoint(smollm2_gguf), tmp_path / "ours", encoding="F32")
+    save_folder(open_checkpoint(smollm2_gguf), tmp_path / "ours")
     opened = open_folder(tmp_path / "ours")
     assert (opened.config.rope.layout, opened.config.tie_word_embeddings) == ("half", True)
     ours = SafetensorsFile(tmp_path / "ours" / "model.safetensors")
@@ -210,7 +210,8 @@ def test_a_gguf_becomes_a_folder_in_half_rotation_order(smollm2_gguf: Path, tmp_
         if heads is not None:
             order = [2 * pair + half for half in (0, 1) for pair in range(32)]
             expected = expected.reshape(heads, 64, -1)[:, order].reshape(expected.shape)
-        assert np.allclose(ours[name].decode(), expected, rtol=1e-6, atol=1e-7), name
+        kept = np.float32 if expected.ndim == 1 else np.float16
+        assert np.allclose(ours[name].decode(), expected.astype(kept), rtol=1e-3, atol=1e-7), name
 
 
 def without(arrays: dict[str, Array], name: str) -> dict[str, Array]:

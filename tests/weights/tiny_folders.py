@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, saved by transformers itself: the independent side of our tests."""
+"""Tiny random models of every family, saved by transformers itself: the independent side of our tests."""
 
 from __future__ import annotations
 
@@ -63,10 +63,16 @@ def tiny_config(kind: str) -> tuple[str, dict[str, Any]]:
     }[kind]
 
 
-def make_config(kind: str) -> Any:
+def make_config(kind: str, *, wide: bool = False) -> Any:
     import transformers
 
     name, values = tiny_config(kind)
+    if wide:
+        changes = {"hidden_size": 64, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 4}
+        target = values.get("text_config", values)
+        target |= changes
+        if "vision_config" in values:
+            values["vision_config"] = values["vision_config"] | {"num_attention_heads": 8}
     return getattr(transformers, f"{name}Config")(**values)
 
 
@@ -84,16 +90,20 @@ def model_class(kind: str) -> Any:
     )
 
 
-def save_tiny(kind: str, folder: Path, *, dtype: str = "float32") -> Path:
-    """A random model of that kind, as transformers saves it. Each parameter is filled: none stays all ones."""
+def save_tiny(kind: str, folder: Path, *, dtype: str = "float32", wide: bool = False) -> Path:
+    """A random model of that kind, as transformers saves it. Each parameter is filled: none stays all ones.
+
+    `wide` ones have 16 heads in 8 groups, so that eight shards can share them.
+    """
     import torch
 
     torch.manual_seed(KINDS.index(kind))
-    model = model_class(kind)(make_config(kind))
+    model = model_class(kind)(make_config(kind, wide=wide))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_()
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
+            # Not model.to(): that would cast the image tower's complex rope table, with a warning.
+            parameter.data = torch.randn(parameter.shape).to(getattr(torch, dtype))
+    model.save_pretrained(folder)
     return folder
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ayllu.chat.images import TiledImage
+from ayllu.chat.images import ImageConfig, TiledImage
 from ayllu.chat.messages import ImagePart, Message, ToolDefinition
 from ayllu.chat.toolcalls import ToolCallParser
 from ayllu.errors import UnsupportedError
@@ -103,7 +103,12 @@ class PromptBuilder:
         return Prompt(self._encoder.encode_segments(self._segments), tuple(self._images))
 
 
-def chat_format_for(tokenizer: TextEncoder, template: str | None, architecture: str) -> ChatFormat:
+def chat_format_for(
+    tokenizer: TextEncoder,
+    template: str | None,
+    architecture: str,
+    image_config: ImageConfig | None = None,
+) -> ChatFormat:
     """The format a model speaks.
 
     Llama 4 (architecture and header tokens agree) natively; else the model's own `template`; else ChatML or
@@ -114,7 +119,7 @@ def chat_format_for(tokenizer: TextEncoder, template: str | None, architecture: 
     if architecture.startswith("llama4") and "<|header_start|>" in tokenizer.specials:
         from ayllu.chat.llama4_format import Llama4Format
 
-        return Llama4Format(tokenizer)
+        return Llama4Format(tokenizer, image_config=image_config)
     if template:
         from ayllu.chat.template import TemplateFormat
 

@@ -93,8 +93,18 @@ def chat(
         return
     messages = [*([Message("system", system)] if system else []), user_message(question, images)]
     answer = loaded.answer(messages, sampling=sampling, max_new_tokens=max_tokens)
-    _print_answer(answer, installed.name, as_json)
-    if timing:
+    pieces = _stream(answer, silent=as_json)
+    if as_json:
+        result = {
+            "model": installed.name,
+            "text": "".join(pieces),
+            "finish_reason": answer.finish_reason,
+            "usage": {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.new_tokens},
+        }
+        if timing:
+            result["timing"] = clock.facts(answer, loaded)
+        print(json.dumps(result, ensure_ascii=False))
+    elif timing:
         clock.report(answer, loaded)
 
 
@@ -148,26 +158,20 @@ def _find_or_pull(model: str | None, pull: bool, settings: Settings) -> Installe
     return installed
 
 
-def _print_answer(answer: Answer, name: str, as_json: bool) -> None:
-    pieces = []
+def _stream(answer: Answer, *, silent: bool) -> list[str]:
+    """The pieces of the answer, written as they come unless silent. Ctrl-C ends the program if it is not
+    silent; otherwise the part that is there is the answer."""
+    pieces: list[str] = []
     try:
         for piece in answer:
             pieces.append(piece)
-            if not as_json:
+            if not silent:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
     except KeyboardInterrupt:
-        if not as_json:
-            print(file=sys.stderr)
-            raise typer.Exit(130) from None
-    if not as_json:
-        if not "".join(pieces).endswith("\n"):
+        if not silent:
             print()
-        return
-    result = {
-        "model": name,
-        "text": "".join(pieces),
-        "finish_reason": answer.finish_reason,
-        "usage": {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.new_tokens},
-    }
-    print(json.dumps(result, ensure_ascii=False))
+            raise typer.Exit(130) from None
+    if not silent and not "".join(pieces[-1:]).endswith("\n"):
+        print()
+    return pieces

@@ -88,6 +88,10 @@ def convert(
         raise UsageError(f"{what} does not go with --to safetensors.", "Use --to gguf, or another type.")
     if wanted is Target.gguf and unfused:
         raise UsageError("--unfused is for safetensors: GGUF always stores stacks.", "Leave it out.")
+    if wanted is Target.gguf and target.is_dir():
+        raise UsageError(
+            f"{target} is a folder, and a GGUF is one file.", f"Write to {target / 'model.gguf'}."
+        )
     if target.exists() and not force and (target.is_file() or any(target.iterdir())):
         raise UsageError(f"{target} exists already.", "Choose another target, or replace it with --force.")
     checkpoint = _open(source, context)

@@ -19,27 +19,38 @@ class Timing:
         self._age = process.age_seconds()
         self._zero = time.perf_counter()
 
-    def _since_start(self, moment: float) -> str:
-        return f"{self._age + moment - self._zero:.2f} s after process start"
+    def _since_start(self, moment: float) -> float:
+        return self._age + moment - self._zero
+
+    def facts(self, answer: Answer, model: LoadedModel) -> dict[str, float | int | None]:
+        """Seconds since process start, tokens per second and bytes, by name."""
+        first = answer.first_token_at
+        prefill = answer.prefill_seconds
+        return {
+            "loaded_s": self._since_start(model.loaded_at),
+            "first_token_s": None if first is None else self._since_start(first),
+            "prompt_tokens_per_s": None if prefill is None else answer.prompt_tokens / max(prefill, 1e-9),
+            "answer_tokens_per_s": answer.decode_tokens_per_second,
+            "weight_bytes": model.weight_bytes,
+            "load_peak_bytes": model.load_peak_bytes,
+            "process_peak_bytes": process.peak_resident_bytes(),
+        }
 
     def report(self, answer: Answer, model: LoadedModel) -> None:
-        """Print what is known after an answer, to standard error."""
-        weights = model.weight_bytes
-        lines = [
-            f"model        {model.checkpoint.path.name}, {model.dtype} on {model.device}",
-            f"loaded       {self._since_start(model.loaded_at)}",
-        ]
-        if answer.first_token_at is not None and answer.prefill_seconds is not None:
-            speed = answer.prompt_tokens / max(answer.prefill_seconds, 1e-9)
-            lines.append(f"first token  {self._since_start(answer.first_token_at)}")
-            lines.append(f"prompt       {answer.prompt_tokens} tokens, {speed:.1f} tokens/s")
-        if answer.decode_tokens_per_second is not None:
-            lines.append(
-                f"answer       {answer.new_tokens} tokens, {answer.decode_tokens_per_second:.1f} tokens/s"
-            )
+        """Print the facts of an answer to standard error."""
+        facts = self.facts(answer, model)
+        lines = [f"model        {model.checkpoint.path.name}, {model.dtype} on {model.device}"]
+        for label, name, unit in (
+            ("loaded", "loaded_s", "s after process start"),
+            ("first token", "first_token_s", "s after process start"),
+            ("prompt", "prompt_tokens_per_s", f"tokens/s, {answer.prompt_tokens} tokens"),
+            ("answer", "answer_tokens_per_s", f"tokens/s, {answer.new_tokens} tokens"),
+        ):
+            if (value := facts[name]) is not None:
+                lines.append(f"{label:<12} {value:.2f} {unit}")
+        peak, weights = model.load_peak_bytes, model.weight_bytes
         lines.append(
-            f"memory       loading took {model.load_peak_bytes / 1e6:.0f} MB at its peak, "
-            f"{model.load_peak_bytes / weights:.2f} of the weights' {weights / 1e6:.0f} MB; "
-            f"the process peaked at {process.peak_resident_bytes() / 1e6:.0f} MB"
+            f"memory       loading took {peak / 1e6:.0f} MB at its peak, "
+            f"{peak / weights:.2f} of the weights' {weights / 1e6:.0f} MB"
         )
         print("\n".join(lines), file=sys.stderr)

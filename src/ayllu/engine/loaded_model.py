@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from ayllu import process
 from ayllu.chat.detokenizer import StreamDecoder
 from ayllu.chat.formats import ChatFormat, chat_format_for
-from ayllu.chat.images import TiledImage
-from ayllu.chat.messages import Message, ToolDefinition
+from ayllu.chat.images import ImageConfig, TiledImage
+from ayllu.chat.messages import Message
 from ayllu.chat.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 from ayllu.engine.sampling import Sampling
 from ayllu.errors import ModelFileError, UnsupportedError
+from ayllu.model.config import ModelConfig
 from ayllu.progress import SILENT, Progress
 from ayllu.weights.checkpoint import Checkpoint, open_checkpoint
 
@@ -91,7 +92,6 @@ class LoadedModel:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[ToolDefinition] = (),
         sampling: Sampling | None = None,
         max_new_tokens: int | None = None,
     ) -> Answer:
@@ -99,7 +99,7 @@ class LoadedModel:
 
         Raises ContextOverflowError, ImageError or TemplateError.
         """
-        prompt = self.chat_format.render(messages, tools)
+        prompt = self.chat_format.render(messages)
         answer = Answer(iter(()), len(prompt.token_ids))
         answer.pieces = self._pieces(
             answer, prompt.token_ids, prompt.images, sampling or Sampling(), max_new_tokens
@@ -158,7 +158,10 @@ def open_model(
         importing = pool.submit(_import_torch)
         checkpoint = open_checkpoint(path)
         tokenizer = tokenizer_for(checkpoint)
-        chat_format = chat_format_for(tokenizer, chat_template(checkpoint), checkpoint.config.architecture)
+        config = checkpoint.config
+        chat_format = chat_format_for(
+            tokenizer, chat_template(checkpoint), config.architecture, image_config_for(config)
+        )
         importing.result()
     return LoadedModel(
         checkpoint, tokenizer, chat_format, context=context, device=device, dtype=dtype, progress=progress
@@ -176,6 +179,17 @@ def tokenizer_for(checkpoint: Checkpoint) -> Tokenizer:
     else:
         tokenizer = load_tokenizer(checkpoint.path)
     return tokenizer.with_embedding_rows(checkpoint.config.vocab_size)
+
+
+def image_config_for(config: ModelConfig) -> ImageConfig | None:
+    """How images are cut for this model's vision tower; None for a text model."""
+    if config.vision is None:
+        return None
+    return ImageConfig(
+        tile_size=config.vision.image_size,
+        patch_size=config.vision.patch_size,
+        downsample=config.vision.shuffle**2,
+    )
 
 
 def chat_template(checkpoint: Checkpoint) -> str | None:

@@ -212,13 +212,13 @@ class _Joined:
 
     def _rows_of_qkv(self, ours: str, theirs: str, piece: Array) -> Array:
         """Each shard has its q rows, then its k rows, then its v rows."""
-        heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
-        per_head, rest = divmod(self._two_axes(theirs, piece).shape[0], heads + 2 * groups)
-        if rest:
+        queries, rest = divmod(self.config.num_attention_heads * self.config.head_dim, len(self.shards))
+        keys, rest_of_keys = divmod(self.config.num_key_value_heads * self.config.head_dim, len(self.shards))
+        if self._two_axes(theirs, piece).shape[0] != queries + 2 * keys or rest or rest_of_keys:
             raise ModelFileError(self.folder, "a tensor has the wrong shape", field=theirs, got=piece.shape)
-        bounds = {"q": (0, heads), "k": (heads, heads + groups), "v": (heads + groups, heads + 2 * groups)}
-        first, last = bounds[ours.rpartition(".attention.")[2][0]]
-        return piece[first * per_head : last * per_head]
+        starts = {"q": 0, "k": queries, "v": queries + keys}
+        which = ours.rpartition(".attention.")[2][0]
+        return piece[starts[which] : starts[which] + (queries if which == "q" else keys)]
 
     def _half(self, ours: str, theirs: str, piece: Array) -> Array:
         """fc1 of a shard is its rows of gate, then its rows of up."""

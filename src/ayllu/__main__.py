@@ -1,0 +1,5 @@
+"""`python -m ayllu` is `ayllu`."""
+
+from ayllu.cli.main import main
+
+main()

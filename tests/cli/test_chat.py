@@ -1,0 +1,225 @@
+"""`ayllu chat` as people use it: in a pipe, with mistakes, and on a real pseudo-terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+AYLLU = [sys.executable, "-m", "ayllu"]
+MODEL = "smollm2-135m-instruct"
+
+
+def _ayllu(*arguments: str, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*AYLLU, *arguments],
+        input=stdin,
+        capture_output=True,
+        env=os.environ | environment,
+        timeout=300,
+        check=False,
+    )
+
+
+def _one_line_error(result: subprocess.CompletedProcess[bytes], code: int) -> str:
+    error = result.stderr.decode()
+    assert result.returncode == code, error
+    assert "Traceback" not in error
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_pipe_is_answered_once(smollm2_gguf: Path) -> None:
+    result = _ayllu(
+        "chat", MODEL, "--temperature", "0", "--max-tokens", "12", stdin=b"What is the capital of Japan?\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Tokyo" in result.stdout.decode()
+
+
+def test_a_prompt_goes_before_what_is_piped_and_json_holds_the_answer(smollm2_gguf: Path) -> None:
+    text = "The meeting moved from Monday to Thursday.".encode("utf-16")
+    result = _ayllu(
+        "chat", str(smollm2_gguf), "-p", "Summarise this.", "--json", "--timing", "--temperature", "0",
+        "--max-tokens", "8", stdin=text,
+    )  # fmt: skip
+    answer = json.loads(result.stdout)
+    assert answer["usage"]["completion_tokens"] <= 8
+    assert answer["finish_reason"] in ("stop", "length")
+    assert answer["text"]
+    error = result.stderr.decode()
+    assert "utf-16" in error
+    assert all(word in error for word in ("loaded", "first token", "memory"))
+
+
+def test_the_same_seed_gives_the_same_answer(smollm2_gguf: Path) -> None:
+    options = (
+        "chat",
+        MODEL,
+        "-p",
+        "Tell me a story.",
+        "--seed",
+        "7",
+        "--temperature",
+        "1",
+        "--max-tokens",
+        "16",
+    )
+    assert _ayllu(*options).stdout == _ayllu(*options).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("chat", "smolm2-135m-instruct", "-p", "x"), 3, "Did you mean smollm2-135m-instruct"),
+        (("chat", "no/such/file.gguf", "-p", "x"), 3, "no/such/file.gguf"),
+        (("chat", MODEL), 2, "nothing to answer"),
+        (("chat", MODEL, "-p", "x", "--temperature", "-1"), 2, "temperature"),
+        (("chat", MODEL, "-p", "x", "--device", "tpu"), 2, "device"),
+        (("chat", MODEL, "-p", "x", "--dtype", "int3"), 2, "precision"),
+        (("chat", MODEL, "-p", "x", "--context", "999999"), 2, "1 to 8192"),
+        (("chat", MODEL, "-p", "word " * 400, "--context", "64"), 5, "context holds 64"),
+        (("chat", MODEL, "-p", "x", "--image", "nothing.png"), 12, "nothing.png"),
+        (("show", "preset:scoot"), 2, "Did you mean scout"),
+    ],
+)
+def test_wrong_usage_is_one_line_with_its_exit_code(smollm2_gguf: Path, arguments, code, says) -> None:
+    assert says in _one_line_error(_ayllu(*arguments), code)
+
+
+def test_an_unknown_setting_in_the_environment_is_named() -> None:
+    assert "Did you mean store" in _one_line_error(_ayllu("list", AYLLU_STOR="x"), 2)
+
+
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, smollm2_gguf: Path) -> None:
+    damaged = tmp_path / "model.gguf"
+    damaged.write_bytes(smollm2_gguf.read_bytes()[: 1 << 20])
+    error = _one_line_error(_ayllu("chat", str(damaged), "-p", "x"), 7)
+    assert "model.gguf" in error
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_loading() -> None:
+    result = subprocess.run(
+        [
+            sys.executable, "-c",
+            "import torch\n"
+            "from ayllu.model.presets import preset\n"
+            "from ayllu.weights.load import memory_bytes, require_memory\n"
+            "from ayllu.errors import NoSpaceError\n"
+            "try:\n"
+            "    require_memory(memory_bytes(preset('behemoth-2t'), torch.bfloat16), torch.device('cpu'))\n"
+            "except NoSpaceError as error:\n"
+            "    print(error)\n",
+        ],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "4030.9 GB" in result.stdout
+
+
+def test_help_does_not_import_torch_or_any_reader() -> None:
+    code = (
+        "import sys; sys.argv = ['ayllu', '--help']\n"
+        "from ayllu.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'tokenizers', 'huggingface_hub', 'pydantic', 'rich.markdown', 'jinja2', 'PIL'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+class Terminal:
+    """`ayllu` on a pseudo-terminal: type keys, wait for text."""
+
+    def __init__(self, *arguments: str, state: Path) -> None:
+        self.process_id, self.descriptor = pty.fork()
+        if self.process_id == 0:
+            os.environ |= {"TERM": "xterm", "COLUMNS": "100", "LINES": "40", "XDG_STATE_HOME": str(state)}
+            os.execv(sys.executable, [*AYLLU, *arguments])
+        self.shown = ""
+
+    def wait_for(self, text: str, seconds: float = 120) -> str:
+        """Everything shown up to and including `text`; what follows stays for the next wait."""
+        end = time.monotonic() + seconds
+        while text not in self.shown:
+            assert time.monotonic() < end, f"{text!r} did not appear in: {self.shown[-2000:]!r}"
+            if select.select([self.descriptor], [], [], 0.2)[0]:
+                try:
+                    self.shown += os.read(self.descriptor, 65536).decode("utf-8", "replace")
+                except OSError:
+                    raise AssertionError(f"ended without {text!r}: {self.shown[-2000:]!r}") from None
+        before, _, self.shown = self.shown.partition(text)
+        return before + text
+
+    def type(self, keys: str) -> None:
+        os.write(self.descriptor, keys.encode())
+
+    def exit_code(self) -> int:
+        while True:
+            try:
+                if not os.read(self.descriptor, 65536):
+                    break
+            except OSError:
+                break
+        return os.waitstatus_to_exitcode(os.waitpid(self.process_id, 0)[1])
+
+    def kill(self) -> None:
+        try:
+            os.kill(self.process_id, signal.SIGKILL)
+            os.waitpid(self.process_id, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        os.close(self.descriptor)
+
+
+@pytest.fixture
+def terminal(smollm2_gguf: Path, tmp_path: Path):
+    opened = Terminal("chat", MODEL, "--temperature", "0", "--max-tokens", "400", state=tmp_path)
+    yield opened
+    opened.kill()
+
+
+def test_a_conversation_on_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
+    terminal.wait_for("/help lists the commands.")
+    terminal.type("/hlep\r")
+    terminal.wait_for("Did you mean /help?")
+    terminal.type("/set max_tokens 12\r")
+    terminal.wait_for("max_tokens = 12")
+    terminal.type("What is the capital\x1b\rof Japan?\r")
+    terminal.wait_for("Tokyo")
+    saved = tmp_path / "talk.json"
+    terminal.type(f"/save {saved}\r")
+    terminal.wait_for("Saved 2 messages")
+    turns = json.loads(saved.read_text("utf-8"))["messages"]
+    assert turns[0] == {"role": "user", "content": "What is the capital\nof Japan?"}
+    terminal.type("日本の首都は？\r")
+    terminal.wait_for("\r\n")
+    terminal.type("/model\r")
+    terminal.wait_for("context: ")
+    terminal.type("/new\r")
+    terminal.wait_for("A new conversation.")
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None:
+    terminal.wait_for("/help lists the commands.")
+    terminal.type("Write a very long story about one ship.\r")
+    # Not in the question, which the terminal echoes: so the answer is under way.
+    terminal.wait_for(" the ")
+    terminal.type("\x03")
+    terminal.wait_for("(stopped)")
+    terminal.type("/set max_tokens 10\r")
+    terminal.wait_for("max_tokens = 10")
+    terminal.type("What is the capital of Japan?\r")
+    terminal.wait_for("Tokyo")
+    terminal.type("/exit\r")
+    assert terminal.exit_code() == 0
