@@ -38,7 +38,7 @@ run: $(VENV)/run-ready ## talk to a model; MODEL=name takes another one
 	@$(BIN)/ayllu chat --pull $(MODEL)
 
 test: $(VENV)/test-ready ## run the tests
-	@$(BIN)/python -m pytest $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(TESTS)
 
 test-large: $(VENV)/test-ready ## run the tests that need the larger models (fetches 1.6 GB)
 	@$(BIN)/python -m pytest -m large $(TESTS)

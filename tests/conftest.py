@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: real models out of the local store, fetched by hash-checked code on first use."""
+"""Fixtures of all tests: real models out of the local store, fetched by hash-checked code on first use."""
 
 from __future__ import annotations
 

@@ -55,9 +55,16 @@ def test_a_prompt_goes_before_what_is_piped_and_json_holds_the_answer(smollm2_gg
     assert answer["usage"]["completion_tokens"] <= 8
     assert answer["finish_reason"] in ("stop", "length")
     assert answer["text"]
+    assert "utf-16" in result.stderr.decode()
+    timing = answer["timing"]
+    assert 0 < timing["loaded_s"] < timing["first_token_s"]
+    assert timing["load_peak_bytes"] <= 1.15 * timing["weight_bytes"]
+
+
+def test_timing_is_told_after_the_answer(smollm2_gguf: Path) -> None:
+    result = _ayllu("chat", MODEL, "-p", "Say hello.", "--timing", "--max-tokens", "4")
     error = result.stderr.decode()
-    assert "utf-16" in error
-    assert all(word in error for word in ("loaded", "first token", "memory"))
+    assert all(word in error for word in ("loaded", "first token", "prompt", "answer", "memory"))
 
 
 def test_the_same_seed_gives_the_same_answer(smollm2_gguf: Path) -> None:
@@ -130,10 +137,14 @@ def test_help_does_not_import_torch_or_any_reader() -> None:
         "from ayllu.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'tokenizers', 'huggingface_hub', 'pydantic', 'rich.markdown', 'jinja2', 'PIL'}\n"
+        "heavy = {'torch', 'numpy', 'tokenizers', 'huggingface_hub', 'pydantic', 'rich', 'jinja2', 'PIL'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+READY = "\x1b[?2004h"
+"""What the prompt sends when it begins to read keys (and to tell pasted text from typed)."""
 
 
 class Terminal:
@@ -193,15 +204,19 @@ def test_a_conversation_on_a_terminal(terminal: Terminal, tmp_path: Path) -> Non
     terminal.wait_for("Did you mean /help?")
     terminal.type("/set max_tokens 12\r")
     terminal.wait_for("max_tokens = 12")
-    terminal.type("What is the capital\x1b\rof Japan?\r")
+    terminal.wait_for(READY)
+    terminal.type("\x1b[200~What is the capital\nof Japan?\x1b[201~\r")
     terminal.wait_for("Tokyo")
+    terminal.wait_for(READY)
     saved = tmp_path / "talk.json"
     terminal.type(f"/save {saved}\r")
     terminal.wait_for("Saved 2 messages")
     turns = json.loads(saved.read_text("utf-8"))["messages"]
     assert turns[0] == {"role": "user", "content": "What is the capital\nof Japan?"}
     terminal.type("日本の首都は？\r")
-    terminal.wait_for("\r\n")
+    terminal.wait_for("首都")
+    terminal.wait_for(READY)
+    terminal.wait_for(READY)
     terminal.type("/model\r")
     terminal.wait_for("context: ")
     terminal.type("/new\r")

@@ -40,7 +40,7 @@ def test_a_reused_prefix_gives_the_logits_of_a_fresh_start(conversations) -> Non
 
 
 def test_another_image_behind_the_same_tokens_is_not_taken_from_the_cache() -> None:
-    # Patch tokens look alike for every image: a cache keyed by tokens alone would answer about the old picture.
+    # Patch tokens look alike for every image: a cache keyed by tokens alone would show the old picture.
     tokens = [3, 4, *[PATCH] * PATCHES_PER_TILE, 5]
     first, second = torch.rand(2, 1, 3, 56, 56)
     oracle = Oracle(DECODER)

@@ -41,7 +41,7 @@ def _compare_with_transformers(gguf: Path) -> None:
         answer = list(oracle.generate(ids, Sampling(temperature=0), max_new_tokens=64))
         with torch.inference_mode():
             expected = theirs(torch.tensor([ids + answer])).logits[0, len(ids) - 1 :]
-            # Their likeliest token after each prefix is ours: so their greedy answer is ours, token for token.
+            # Their likeliest token after each prefix is ours, so their greedy answer is ours.
             assert expected[:-1].argmax(-1).tolist() == answer
             torch.testing.assert_close(oracle.prefill(ids), expected[0], atol=1e-3, rtol=0)
             torch.testing.assert_close(oracle.prefill(ids + answer), expected[-1], atol=1e-3, rtol=0)

@@ -1,4 +1,4 @@
-"""The cache of one sequence: pieces, rewinds and chunks never change an answer, and chunks bound its memory."""
+"""The cache of one sequence: pieces and rewinds never change an answer, and chunks bound its memory."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_tokens_do_not_influence_each_other(batch: int) -> None:
     mixture = _mixture()
     x = torch.randn(batch, 6, 16)
     alone = torch.stack([torch.stack([mixture(token[None])[0] for token in row]) for row in x])
-    torch.testing.assert_close(mixture(x), alone, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mixture(x), alone, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Rotary embedding: the spec's vectors (T2), and the two layouts held together by the one permutation (T7)."""
+"""Rotary embedding: the spec's vectors (T2), and the two layouts held together by one permutation (T7)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_t2_scout_frequency_values_of_the_spec() -> None:
 
 
 def test_t2_the_old_8_4_scaling_differs_from_frequency_29_upward() -> None:
-    # Early launch configs carried Llama 3.1's 8/4; a reader that silently used them would be wrong from here on.
+    # Early launch configs carried Llama 3.1's 8/4; a reader that used them would be wrong from here on.
     old = RopeConfig(
         theta=500_000.0,
         scaling=RopeScaling(

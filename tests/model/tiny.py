@@ -1,4 +1,4 @@
-"""Small configs of every family for tests: borders and patterns of the real ones, a few thousand parameters."""
+"""Small configs of every family: borders and patterns of the real ones in a few thousand parameters."""
 
 from __future__ import annotations
 

@@ -78,6 +78,8 @@ def chat(
         dtype=settings.dtype,
         progress=TerminalProgress(),
     )
+    for note in loaded.notes:
+        print(note, file=sys.stderr)
     if question is None:
         from ayllu.cli.conversation import Conversation
 

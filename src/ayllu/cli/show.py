@@ -44,6 +44,7 @@ def _preset_facts(name: str) -> dict[str, Any]:
 def _model_facts(model: str) -> dict[str, Any]:
     from ayllu.settings import load_settings
     from ayllu.weights.checkpoint import open_checkpoint
+    from ayllu.weights.hf_config import config_notes
     from ayllu.weights.store import Store
 
     installed = Store(load_settings().store).find(model)
@@ -58,6 +59,7 @@ def _model_facts(model: str) -> dict[str, Any]:
         "licence": installed.licence or "not stated",
         "source": installed.source,
         **_memory(checkpoint.config),
+        **({"note": " ".join(notes)} if (notes := config_notes(checkpoint.config)) else {}),
     }
 
 

@@ -21,6 +21,7 @@ from ayllu.errors import ModelFileError, UnsupportedError
 from ayllu.model.config import ModelConfig
 from ayllu.progress import SILENT, Progress
 from ayllu.weights.checkpoint import Checkpoint, open_checkpoint
+from ayllu.weights.hf_config import config_notes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +63,8 @@ class LoadedModel:
     """Answers conversations. Not for use by two callers at once.
 
     weight_bytes: size of the weights in memory. load_peak_bytes: how far the resident memory rose while
-    loading. loaded_at: `time.perf_counter()` when loading ended.
+    loading. loaded_at: `time.perf_counter()` when loading ended. notes: what a person should know of the
+    model.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class LoadedModel:
         self.chat_format = chat_format
         target = choose_device(device)
         precision = choose_dtype(dtype, target)
+        self.notes = config_notes(checkpoint.config)
         self.weight_bytes = memory_bytes(checkpoint.config, precision)
         require_memory(self.weight_bytes, target)
         before = process.resident_bytes()

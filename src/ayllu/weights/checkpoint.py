@@ -19,11 +19,14 @@ from ayllu.weights.tensors import StoredTensor
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` has exactly the parameters of `config`. `metadata` is what a GGUF says of itself (tokens,
-    chat template); safetensors folders keep that in files beside them, so there it is empty."""
+    """`tensors` has exactly the parameters of `config`.
+
+    `metadata` is what a GGUF says of itself (tokens, chat template); folders keep that in files beside the
+    weights, so there it is empty. Format 'meta' comes from `ayllu convert` alone.
+    """
 
     path: Path
-    format: Literal["gguf", "safetensors"]
+    format: Literal["gguf", "safetensors", "meta"]
     config: ModelConfig
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)

@@ -245,11 +245,9 @@ def encoded_rows(tensor: StoredTensor, start: int, stop: int, encoding: str) -> 
     if tensor.encoding == encoding:
         if isinstance(tensor, PlainTensor):
             return _raw_rows(tensor, start, stop)
-        if isinstance(tensor, JoinedTensor) and tensor.row_axis:
-            return _joined_rows(tensor, start, stop, encoding)
-        if isinstance(tensor, JoinedTensor) and tensor.axis == len(tensor.shape) - 1:
-            return np.concatenate(
-                [encoded_rows(part, start, stop, encoding) for part in tensor.parts], axis=1
+        if isinstance(tensor, JoinedTensor):
+            return tensor.combine_rows(
+                start, stop, lambda part, first, last: encoded_rows(part, first, last, encoding)
             )
     values = tensor.decode_rows(start, stop)
     try:
@@ -272,13 +270,3 @@ def _raw_rows(tensor: PlainTensor, start: int, stop: int) -> Array:
     first, last = start // per_entry, -(-stop // per_entry)
     entries = np.ascontiguousarray(array[first:last]).reshape(-1, tensor.shape[-1])
     return entries[start - first * per_entry : stop - first * per_entry]
-
-
-def _joined_rows(tensor: JoinedTensor, start: int, stop: int, encoding: str) -> Array:
-    pieces, offset = [], 0
-    for part in tensor.parts:
-        low, high = max(start, offset), min(stop, offset + part.rows)
-        if low < high:
-            pieces.append(encoded_rows(part, low - offset, high - offset, encoding))
-        offset += part.rows
-    return np.concatenate(pieces)

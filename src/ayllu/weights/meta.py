@@ -65,7 +65,7 @@ def open_meta(folder: Path, *, context: int | None = None) -> Checkpoint:
     metadata = {"token_ids": _LLAMA4_TOKEN_IDS} if llama4 else {}
     return Checkpoint(
         path=folder,
-        format="meta",  # type: ignore[arg-type]
+        format="meta",
         config=config,
         tensors=_Joined(folder, config, shards).tensors(),
         metadata=metadata,

@@ -7,9 +7,10 @@ holds a second copy of a model.
 
 from __future__ import annotations
 
+import math
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,7 @@ class StoredTensor(ABC):
 
     @property
     def elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def rows(self) -> int:
@@ -178,25 +176,26 @@ class JoinedTensor(StoredTensor):
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    @property
-    def row_axis(self) -> bool:
-        """Whether the parts lie under each other as rows, so that each can be placed on its own."""
-        return self.axis is None or self.axis == 0
-
-    def decode_rows(self, start: int, stop: int) -> Floats:
-        if self.axis == len(self.shape) - 1 and self.axis > 0:
-            return np.concatenate([part.decode_rows(start, stop) for part in self.parts], axis=1)
-        if not self.row_axis:
-            whole = np.concatenate([part.decode() for part in self.parts], axis=self.axis)
-            return whole.reshape(-1, self.shape[-1])[start:stop]
+    def combine_rows(self, start: int, stop: int, read: Callable[[StoredTensor, int, int], Array]) -> Array:
+        """Rows [start, stop), put together from what `read(part, first, last)` gives of each part's rows."""
+        if self.axis is not None and self.axis == len(self.shape) - 1:
+            return np.concatenate([read(part, start, stop) for part in self.parts], axis=1)
+        # Rows run through the parts in turn, once for every entry of the axes before the joined one.
+        turns = math.prod(self.shape[: self.axis or 0])
         pieces = []
         offset = 0
-        for part in self.parts:
-            low, high = max(start, offset), min(stop, offset + part.rows)
-            if low < high:
-                pieces.append(part.decode_rows(low - offset, high - offset))
-            offset += part.rows
+        for turn in range(turns):
+            for part in self.parts:
+                rows = part.rows // turns
+                low, high = max(start, offset), min(stop, offset + rows)
+                if low < high:
+                    first = turn * rows - offset
+                    pieces.append(read(part, first + low, first + high))
+                offset += rows
         return np.concatenate(pieces)
+
+    def decode_rows(self, start: int, stop: int) -> Floats:
+        return self.combine_rows(start, stop, lambda part, first, last: part.decode_rows(first, last))
 
     def release(self) -> None:
         for part in self.parts:
