@@ -173,14 +173,23 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.descriptor, keys.encode())
 
-    def exit_code(self) -> int:
-        while True:
-            try:
-                if not os.read(self.descriptor, 65536):
-                    break
-            except OSError:
-                break
-        return os.waitstatus_to_exitcode(os.waitpid(self.process_id, 0)[1])
+    def exit_code(self, seconds: float = 60) -> int:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if select.select([self.descriptor], [], [], 0.2)[0]:
+                try:
+                    self.shown += os.read(self.descriptor, 65536).decode("utf-8", "replace")
+                except OSError:
+                    pass
+            done, status = os.waitpid(self.process_id, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+        raise AssertionError(f"still running: {self.shown[-2000:]!r}")
+
+    def enter(self, line: str) -> None:
+        """Type a line once the prompt reads keys: what comes earlier can be lost between two modes."""
+        self.wait_for(READY)
+        self.type(line + "\r")
 
     def kill(self) -> None:
         try:
@@ -200,41 +209,37 @@ def terminal(smollm2_gguf: Path, tmp_path: Path):
 
 def test_a_conversation_on_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     terminal.wait_for("/help lists the commands.")
-    terminal.type("/hlep\r")
+    terminal.enter("/hlep")
     terminal.wait_for("Did you mean /help?")
-    terminal.type("/set max_tokens 12\r")
+    terminal.enter("/set max_tokens 12")
     terminal.wait_for("max_tokens = 12")
-    terminal.wait_for(READY)
-    terminal.type("\x1b[200~What is the capital\nof Japan?\x1b[201~\r")
+    terminal.enter("\x1b[200~What is the capital\nof Japan?\x1b[201~")
     terminal.wait_for("Tokyo")
-    terminal.wait_for(READY)
     saved = tmp_path / "talk.json"
-    terminal.type(f"/save {saved}\r")
+    terminal.enter(f"/save {saved}")
     terminal.wait_for("Saved 2 messages")
     turns = json.loads(saved.read_text("utf-8"))["messages"]
     assert turns[0] == {"role": "user", "content": "What is the capital\nof Japan?"}
-    terminal.type("日本の首都は？\r")
-    terminal.wait_for("首都")
-    terminal.wait_for(READY)
-    terminal.wait_for(READY)
-    terminal.type("/model\r")
+    terminal.enter("日本の首都は？")
+    terminal.enter("/model")
     terminal.wait_for("context: ")
-    terminal.type("/new\r")
+    terminal.enter("/new")
     terminal.wait_for("A new conversation.")
-    terminal.type("\x04")
+    terminal.enter("/exit")
     assert terminal.exit_code() == 0
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None:
     terminal.wait_for("/help lists the commands.")
-    terminal.type("Write a very long story about one ship.\r")
+    terminal.enter("Write a very long story about one ship.")
     # Not in the question, which the terminal echoes: so the answer is under way.
     terminal.wait_for(" the ")
     terminal.type("\x03")
     terminal.wait_for("(stopped)")
-    terminal.type("/set max_tokens 10\r")
+    terminal.enter("/set max_tokens 10")
     terminal.wait_for("max_tokens = 10")
-    terminal.type("What is the capital of Japan?\r")
+    terminal.enter("What is the capital of Japan?")
     terminal.wait_for("Tokyo")
-    terminal.type("/exit\r")
+    terminal.wait_for(READY)
+    terminal.type("\x04")
     assert terminal.exit_code() == 0
