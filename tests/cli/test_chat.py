@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -113,24 +114,6 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, smollm2_gguf: Pat
     assert "model.gguf" in error
 
 
-def test_a_model_larger_than_the_memory_is_refused_before_loading() -> None:
-    result = subprocess.run(
-        [
-            sys.executable, "-c",
-            "import torch\n"
-            "from ayllu.model.presets import preset\n"
-            "from ayllu.weights.load import memory_bytes, require_memory\n"
-            "from ayllu.errors import NoSpaceError\n"
-            "try:\n"
-            "    require_memory(memory_bytes(preset('behemoth-2t'), torch.bfloat16), torch.device('cpu'))\n"
-            "except NoSpaceError as error:\n"
-            "    print(error)\n",
-        ],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "4030.9 GB" in result.stdout
-
-
 def test_help_does_not_import_torch_or_any_reader() -> None:
     code = (
         "import sys; sys.argv = ['ayllu', '--help']\n"
@@ -177,10 +160,8 @@ class Terminal:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if select.select([self.descriptor], [], [], 0.2)[0]:
-                try:
+                with contextlib.suppress(OSError):
                     self.shown += os.read(self.descriptor, 65536).decode("utf-8", "replace")
-                except OSError:
-                    pass
             done, status = os.waitpid(self.process_id, os.WNOHANG)
             if done:
                 return os.waitstatus_to_exitcode(status)

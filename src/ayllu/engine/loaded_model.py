@@ -81,7 +81,7 @@ class LoadedModel:
         target = choose_device(device)
         precision = choose_dtype(dtype, target)
         self.notes = config_notes(checkpoint.config)
-        self.weight_bytes = memory_bytes(checkpoint.config, precision)
+        self.weight_bytes = memory_bytes(checkpoint, target, precision)
         require_memory(self.weight_bytes, target)
         before = process.resident_bytes()
         decoder = load_decoder(checkpoint, device=target, dtype=precision, progress=progress)

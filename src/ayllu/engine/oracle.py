@@ -33,7 +33,7 @@ class Oracle:
             )
         self.decoder = decoder
         self.context = context or min(longest, DEFAULT_CONTEXT)
-        self.device = decoder.embed_tokens.weight.device
+        self.device = decoder.norm.weight.device
         self._cache = SequenceCache(decoder.config, self.device)
         self._seen: list[int] = []
         self._seen_images: Tensor | None = None

@@ -6,6 +6,8 @@ It takes tokens (or embedded rows, where images have been fused in) with their a
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -50,7 +52,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.vision = VisionModel(config.vision, config.hidden_size) if config.vision else None
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Module = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = (
@@ -69,8 +71,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits, float32 [*B, vocab_size], of hidden states [*B, D]."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight).float()
+        if self.lm_head is not None:
+            return self.lm_head(hidden).float()
+        return F.linear(hidden, cast(Embedding, self.embed_tokens).weight).float()
 
     def embed(self, tokens: Tensor, image_rows: Tensor | None = None) -> Tensor:
         """Embedded rows [*B, D] of token ids [*B], with image rows [n, D] in place of the patch tokens.
