@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 MODEL ?=
 TESTS ?= tests
 
-.PHONY: help run test test-large check format bench dist clean
+.PHONY: help run test test-large check format bench docs dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ format: $(VENV)/test-ready ## rewrite the code in the house's format
 
 bench: $(VENV)/test-ready ## measure loading and generation; results go to benchmarks/results/
 	@$(BIN)/python benchmarks/conversation.py
+
+docs: $(VENV)/test-ready ## rewrite docs/cli.md from the commands' own help
+	@$(BIN)/python docs/cli_reference.py
 
 dist: $(VENV)/test-ready ## build the wheel
 	@$(INSTALL) build

@@ -39,9 +39,9 @@ def options(
 
 
 app.command("chat")(chat.chat)
-app.command("pull")(models.pull)
-app.command("list")(models.list_models)
-app.command("show")(show.show)
+app.command("pull", short_help="Fetch a model: verified, resumable.")(models.pull)
+app.command("list", short_help="Show installed models and the catalogue.")(models.list_models)
+app.command("show", short_help="Show what a model is and what it needs.")(show.show)
 app.command("remove")(models.remove)
 app.command("convert")(convert.convert)
 

@@ -172,7 +172,7 @@ class MappedEmbedding(torch.nn.Module):
         """Rows [*B, D] of token ids [*B]."""
         rows = [self._stored.decode_rows(token, token + 1) for token in tokens.flatten().tolist()]
         embedded = torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0, self._stored.shape[-1])
-        return embedded.to(self._dtype).view(*tokens.shape, -1)
+        return embedded.to(self._dtype).view(*tokens.shape, self._stored.shape[-1])
 
 
 @contextmanager
