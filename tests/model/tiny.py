@@ -21,7 +21,7 @@ def tiny_vision() -> VisionConfig:
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=64,
+        intermediate_size=128,
         image_size=56,
         adapter_hidden_size=48,
         adapter_output_size=48,

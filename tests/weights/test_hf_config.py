@@ -275,3 +275,9 @@ def test_what_config_json_cannot_say_is_refused_not_dropped(kind: str, changes: 
     config = replace(read(written_by_transformers(make_config(kind))), **changes)
     with pytest.raises(UnsupportedError):
         hugging_face_config(config)
+
+
+@pytest.mark.parametrize("name", ["scout", "maverick", "herd-1t", "mini", "nano"])
+def test_presets_survive_being_written_and_read(name: str) -> None:
+    config = preset(name)
+    assert config_from_hugging_face(hugging_face_config(config), Path("config.json")) == config

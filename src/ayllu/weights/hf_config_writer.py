@@ -127,7 +127,7 @@ def _llama4_keys(config: ModelConfig) -> dict[str, Any]:
         "attention_chunk_size": chunks.pop() if chunks else 8192,
         "attn_scale": temperature.attn_scale if temperature else 0.1,
         "attn_temperature_tuning": temperature is not None,
-        "floor_scale": int(floor) if floor.is_integer() else floor,
+        "floor_scale": int(floor) if float(floor).is_integer() else floor,
         "interleave_moe_layer_step": 1,
         "intermediate_size": experts.intermediate_size if experts else config.intermediate_size,
         "intermediate_size_mlp": config.intermediate_size,

@@ -1,0 +1,115 @@
+"""From a folder to an answer: a small Llama 4 with its own vocabulary sees pictures; templates are found."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ayllu.chat.messages import Message, user_message
+from ayllu.chat.tokenizer import load_tokenizer
+from ayllu.engine.loaded_model import chat_template, open_model
+from ayllu.engine.sampling import Sampling
+from ayllu.errors import ContextOverflowError, ModelFileError, UsageError
+from ayllu.weights.checkpoint import Checkpoint, open_checkpoint
+from ayllu.weights.hf_save import save_folder
+from tests.chat.small_vocabularies import write_model_folder, write_tiktoken
+from tests.model.tiny import tiny_llama, tiny_llama4
+from tests.weights.small_checkpoints import random_checkpoint
+
+GREEDY = Sampling(temperature=0)
+
+
+def _llama4_folder(folder: Path, *, vision: bool = True) -> Path:
+    tokenizer = load_tokenizer(write_tiktoken(folder / "vocabulary"))
+    config = dataclasses.replace(tiny_llama4(vision=vision), vocab_size=tokenizer.vocab_size)
+    if config.vision is not None:
+        patch = tokenizer.special_id("<|patch|>")
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, patch_token_id=patch))
+    save_folder(random_checkpoint(config, seed=2), folder / "model")
+    return write_tiktoken(folder / "model")
+
+
+def _picture(size: tuple[int, int], colour: str) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", size, colour).save(data, "PNG")
+    return data.getvalue()
+
+
+def test_a_small_llama4_folder_answers_about_a_picture(tmp_path: Path) -> None:
+    model = open_model(_llama4_folder(tmp_path), dtype="float32")
+    text_only = model.answer([user_message("what?")], sampling=GREEDY, max_new_tokens=4)
+    one_tile = model.answer(
+        [user_message("what?", [_picture((40, 40), "red")])], sampling=GREEDY, max_new_tokens=4
+    )
+    # One tile of 4x4 patches, shuffled 2x2, is 4 rows between the start, image and end markers.
+    assert one_tile.prompt_tokens - text_only.prompt_tokens == 4 + 3
+    four_tiles = model.answer(
+        [user_message("what?", [_picture((112, 112), "red")])], sampling=GREEDY, max_new_tokens=4
+    )
+    assert four_tiles.prompt_tokens - text_only.prompt_tokens == 4 * 5 + 4 + 3
+    for answer in (text_only, one_tile, four_tiles):
+        assert isinstance("".join(answer), str)
+        assert answer.new_tokens <= 4
+        assert answer.finish_reason in ("stop", "length")
+
+
+def test_a_model_without_a_tower_refuses_pictures(tmp_path: Path) -> None:
+    model = open_model(_llama4_folder(tmp_path, vision=False), dtype="float32")
+    answer = model.answer([user_message("what?", [_picture((40, 40), "red")])], sampling=GREEDY)
+    with pytest.raises(UsageError, match="reads no images"):
+        list(answer)
+
+
+def test_a_conversation_beyond_the_context_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    model = open_model(_llama4_folder(tmp_path), dtype="float32", context=32)
+    with pytest.raises(ContextOverflowError, match="holds 32"):
+        list(model.answer([Message("user", "word " * 60)], sampling=GREEDY))
+
+
+def _folder_checkpoint(folder: Path) -> Checkpoint:
+    save_folder(random_checkpoint(tiny_llama()), folder)
+    return open_checkpoint(folder)
+
+
+def test_templates_are_found_where_folders_keep_them(tmp_path: Path) -> None:
+    checkpoint = _folder_checkpoint(tmp_path / "model")
+    assert chat_template(checkpoint) is None
+    config = tmp_path / "model" / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "A"}), encoding="utf-8")
+    assert chat_template(checkpoint) == "A"
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    config.write_text(json.dumps({"chat_template": named}), encoding="utf-8")
+    assert chat_template(checkpoint) == "D"
+    (tmp_path / "model" / "chat_template.jinja").write_text("J", encoding="utf-8")
+    assert chat_template(checkpoint) == "J"
+
+
+def test_a_damaged_template_file_is_named(tmp_path: Path) -> None:
+    checkpoint = _folder_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ModelFileError, match=r"chat_template\.jinja"):
+        chat_template(checkpoint)
+
+
+def test_a_folder_with_tokenizer_json_and_template_answers(tmp_path: Path) -> None:
+    write_model_folder(tmp_path / "vocabulary")
+    tokenizer = load_tokenizer(tmp_path / "vocabulary")
+    config = dataclasses.replace(tiny_llama(), vocab_size=tokenizer.vocab_size)
+    save_folder(random_checkpoint(config, seed=4), tmp_path / "model")
+    config_json = (tmp_path / "model" / "config.json").read_bytes()
+    folder = write_model_folder(tmp_path / "model")
+    (folder / "config.json").write_bytes(config_json)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+        encoding="utf-8",
+    )
+    answer = open_model(folder, dtype="float32").answer(
+        [Message("user", "hi")], sampling=GREEDY, max_new_tokens=3
+    )
+    list(answer)
+    assert answer.prompt_tokens > 3
