@@ -46,3 +46,11 @@ def test_readme_names_every_command_of_make() -> None:
         r"`?make ([a-z-]+)", "".join(page.read_text(encoding="utf-8") for page in PAGES)
     ):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_golden_test_exists_by_name() -> None:
+    page = (ROOT / "docs" / "golden_tests.md").read_text(encoding="utf-8")
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", page)
+    assert len(re.findall(r"^\| T\d+ ", page, re.MULTILINE)) == 15
+    assert [name for name in named if f"def {name}(" not in code] == []

@@ -68,16 +68,18 @@ def load_settings(
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     file = settings_file(environment)
-    if file.exists():
+    if file.exists() or environment.get(ENVIRONMENT_PREFIX + "CONFIG"):
         try:
             from_file = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"{file} cannot be read: {error.strerror}.", "Correct AYLLU_CONFIG.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{file} is not valid TOML: {error}.", "Correct or remove the file.") from error
         for name, value in from_file.items():
             _require_known(name, str(file))
             values[name], origins[name] = value, str(file)
     for variable, value in environment.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or not value:
             continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if name == "config":

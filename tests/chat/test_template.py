@@ -242,6 +242,21 @@ def test_private_characters_of_the_user_survive() -> None:
     assert CHATML.texts(chat.render([Message("user", text)]).token_ids)[1] == text
 
 
+def test_text_that_leaves_no_private_character_is_refused_rather_than_trusted() -> None:
+    chat = TemplateFormat(CHATML, "<|im_start|>{{ messages[0].content }}<|im_end|>")
+    every = "".join(map(chr, range(0xF0000, 0xFFFFE)))
+    with pytest.raises(UsageError, match=r"every private character.*U\+F0000"):
+        chat.render([Message("user", f"{every}<|im_end|>")])
+    text = f"{every[1:]}<|im_end|>"
+    assert CHATML.texts(chat.render([Message("user", text)]).token_ids)[1] == text
+
+
+@pytest.mark.parametrize("role", ["<|im_end|>", "user\n", "User", "", None, ["user"]])
+def test_a_message_of_an_unknown_role_cannot_be_made(role: Any) -> None:
+    with pytest.raises(UsageError, match=r"no role.*Known: system, user, assistant, tool"):
+        Message(role, "hi")
+
+
 CONVERSATION = [{"role": "user", "content": "hi"}]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,24 @@ def test_damaged_sentencepiece_vocabularies_are_refused(damage: dict[str, object
         tokenizer_from_gguf(metadata, GGUF)
 
 
+def test_tokens_with_a_quadratic_number_of_merges_are_refused_in_little_memory() -> None:
+    long = ["a" * i + "b" * j for i in range(161) for j in range(161) if i + j]
+    pairs = zip("acegikmoqsuwy", "bdfhjlnprtvxz", strict=True)
+    short = [x * i + y * j for x, y in pairs for i in range(1, 17) for j in range(17)]
+    short += [letter * i for letter in "bdfhjlnprtvxz" for i in range(1, 17)]
+    for tokens, reason in ((long, "too much text"), (short, "too many merges")):
+        metadata = small.sentencepiece_metadata()
+        metadata["tokenizer.ggml.tokens"] = tokens
+        metadata["tokenizer.ggml.scores"] = [0.0] * len(tokens)
+        metadata["tokenizer.ggml.token_type"] = [1] * len(tokens)
+        tracemalloc.start()
+        with pytest.raises(ModelFileError, match=reason):
+            tokenizer_from_gguf(metadata, GGUF)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 40 << 20
+
+
 def bytes_only() -> list[bytes]:
     return [base64.b64encode(bytes((b,))) + b" " + str(b).encode() for b in range(256)]
 
@@ -267,6 +286,8 @@ TIKTOKEN_DAMAGE: dict[str, bytes] = {
     "hole": b"\n".join([*bytes_only(), b"YWI= 300"]),
     "a byte missing": b"\n".join(bytes_only()[:-1]),
     "long line": b"Y" * 10_000 + b" 0",
+    "blank line": b"\n".join([*bytes_only()[:9], b"", *bytes_only()[9:]]),
+    "only line breaks": b"\n" * 100_000,
     "binary": bytes(range(256)) * 20,
     "empty token": b"= 0",
 }
@@ -292,6 +313,49 @@ def test_files_over_the_size_limit_are_not_read(tmp_path: Path, monkeypatch: pyt
         load_tokenizer(small.write_tiktoken(tmp_path / "a"))
     with pytest.raises(ModelFileError, match="too large"):
         load_tokenizer(small.write_model_folder(tmp_path / "b"))
+
+
+def test_counts_over_the_limits_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiktoken_vocabulary, "MAX_TOKENS", 300)
+    with pytest.raises(ModelFileError, match="too many tokens"):
+        load_tokenizer(small.write_tiktoken(tmp_path / "a"))
+    bomb = b'{"model": [' + b"[]," * tokenizer_json.MAX_FILE_VALUES + b"[]]}"
+    (tmp_path / "tokenizer.json").write_bytes(bomb)
+    with pytest.raises(ModelFileError, match="too many values"):
+        load_tokenizer(tmp_path)
+
+
+NAMES = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    folder = small.write_model_folder(tmp_path / "model")
+    (folder / name).rename(tmp_path / "secret")
+    (folder / name).symlink_to("../secret")
+    with pytest.raises(ModelFileError, match=f"{name}: is a link out of"):
+        load_tokenizer(folder)
+
+
+def test_a_tiktoken_file_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = small.write_tiktoken(tmp_path / "model")
+    (folder / "tokenizer.model").rename(tmp_path / "secret")
+    (folder / "tokenizer.model").symlink_to("../secret")
+    with pytest.raises(ModelFileError, match=r"tokenizer\.model: is a link out of"):
+        load_tokenizer(folder)
+
+
+def test_links_into_the_blobs_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
+    plain = small.write_model_folder(tmp_path / "plain")
+    snapshot, blobs = tmp_path / "snapshots" / "0a1b", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in plain.iterdir():
+        (blobs / file.stem).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.stem)
+    tokenizer = load_tokenizer(snapshot)
+    assert tokenizer.stop_ids == load_tokenizer(plain).stop_ids
+    assert tokenizer.encode("the cat") == load_tokenizer(plain).encode("the cat")
 
 
 def _set(*keys: str | int, to: object) -> Callable[[Any], None]:

@@ -13,7 +13,7 @@ from PIL import Image
 from ayllu.chat.messages import Message, user_message
 from ayllu.chat.tokenizer import load_tokenizer
 from ayllu.engine.loaded_model import chat_template, open_model
-from ayllu.engine.sampling import Sampling
+from ayllu.engine.parameters import Sampling
 from ayllu.errors import ContextOverflowError, ModelFileError, UsageError
 from ayllu.weights.checkpoint import Checkpoint, open_checkpoint
 from ayllu.weights.hf_save import save_folder
@@ -94,6 +94,40 @@ def test_a_damaged_template_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "model" / "chat_template.jinja").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ModelFileError, match=r"chat_template\.jinja"):
         chat_template(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_template_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    checkpoint = _folder_checkpoint(tmp_path / "model")
+    (tmp_path / "secret").write_text('{"chat_template": "S"}', encoding="utf-8")
+    (tmp_path / "model" / name).symlink_to("../secret")
+    with pytest.raises(ModelFileError, match=f"{name}: is a link out of"):
+        chat_template(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"a": [' + b"[]," * 200_000 + b"[]]}",
+        b'{"chat_template": "A", "chat_template": "B"}',
+        b'{"a": NaN}',
+        b'{"a":' * 50_000,
+        b"\xff",
+    ],
+    ids=["many values", "a key twice", "not finite", "deep", "no utf-8"],
+)
+def test_a_hostile_tokenizer_config_is_refused(tmp_path: Path, content: bytes) -> None:
+    checkpoint = _folder_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(ModelFileError, match=r"tokenizer_config\.json"):
+        chat_template(checkpoint)
+
+
+def test_a_list_of_templates_without_a_plain_name_is_no_template(tmp_path: Path) -> None:
+    checkpoint = _folder_checkpoint(tmp_path / "model")
+    config = tmp_path / "model" / "tokenizer_config.json"
+    config.write_text('{"chat_template": [{"name": ["default"], "template": "T"}, 3]}', encoding="utf-8")
+    assert chat_template(checkpoint) is None
 
 
 def test_a_folder_with_tokenizer_json_and_template_answers(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ayllu.engine.oracle import Oracle
-from ayllu.engine.sampling import Sampling
+from ayllu.engine.parameters import Sampling
 from ayllu.errors import ContextOverflowError, UsageError
 from ayllu.model.decoder import random_decoder
 from tests.model.tiny import tiny_llama, tiny_llama4

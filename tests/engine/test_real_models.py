@@ -9,7 +9,7 @@ import torch
 
 from ayllu.engine.loaded_model import tokenizer_for
 from ayllu.engine.oracle import Oracle
-from ayllu.engine.sampling import Sampling
+from ayllu.engine.parameters import Sampling
 from ayllu.weights.checkpoint import open_checkpoint
 from ayllu.weights.load import load_decoder
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ayllu.engine.sampling import Sampler, Sampling, kept_probabilities, penalise_repetition
+from ayllu.engine.parameters import Sampling
+from ayllu.engine.sampling import Sampler, kept_probabilities, penalise_repetition
 from ayllu.errors import UsageError
 
 logit_lists = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40)

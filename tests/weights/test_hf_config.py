@@ -13,7 +13,7 @@ from ayllu.errors import ModelFileError, UnsupportedError
 from ayllu.model.config import LayerSpec, ModelConfig, RopeConfig, RopeScaling
 from ayllu.model.presets import preset
 from ayllu.model.rope_frequencies import rope_frequencies
-from ayllu.weights.hf_config import config_from_hugging_face, config_notes, hugging_face_config
+from ayllu.weights.hf_config import config_from_hugging_face, config_notes, hugging_face_config, read_config
 from tests.weights.tiny_folders import KINDS, LLAMA3_ROPE, make_config
 
 FILE = Path("config.json")
@@ -281,3 +281,21 @@ def test_what_config_json_cannot_say_is_refused_not_dropped(kind: str, changes: 
 def test_presets_survive_being_written_and_read(name: str) -> None:
     config = preset(name)
     assert config_from_hugging_face(hugging_face_config(config), Path("config.json")) == config
+
+
+def test_a_config_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_text('{"model_type": "llama"}', encoding="utf-8")
+    (folder / "config.json").symlink_to("../secret")
+    with pytest.raises(ModelFileError, match=r"config\.json: is a link out of"):
+        read_config(folder)
+
+
+def test_a_config_may_be_a_link_into_the_blobs_of_a_hub_cache(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "0a1b", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "c0ffee").write_text('{"model_type": "llama"}', encoding="utf-8")
+    (snapshot / "config.json").symlink_to("../../blobs/c0ffee")
+    assert read_config(snapshot) == {"model_type": "llama"}

@@ -35,6 +35,11 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # A SentencePiece token is a few dozen bytes; finding its merges costs the square of its length.
 MAX_PIECE_LENGTH = 512
 
+# Tokens such as a..ab..b have as many merges as letters: a few megabytes of them would ask for gigabytes.
+# Real vocabularies, of 32,000 (Llama 2) as of 256,000 (Gemma), have about 2 merges and 6 letters per token.
+LETTERS_PER_TOKEN, LETTERS_BESIDES = 16, 65_536
+MERGES_PER_TOKEN, MERGES_BESIDES = 6, 16_384
+
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -238,18 +243,28 @@ def merges_from_scores(
     """The merge list that a SentencePiece BPE vocabulary implies: best score first.
 
     A token can arise from every pair of tokens that spell it; SentencePiece ranks such a merge by the
-    token's own score alone, so the order among its pairs (by their ids) is free.
+    token's own score alone, so the order among its pairs (by their ids) is free. Raises ModelFileError for
+    a vocabulary with more text or merges than any real one of its size.
     """
-    found: list[tuple[float, int, int, str, str]] = []
+    most_letters = LETTERS_PER_TOKEN * len(vocabulary) + LETTERS_BESIDES
+    letters = sum(map(len, vocabulary))
+    if letters > most_letters:
+        raise reader.bad("tokens", "too much text", expected=f"at most {most_letters} letters", got=letters)
+    most_merges = MERGES_PER_TOKEN * len(vocabulary) + MERGES_BESIDES
+    texts = {place: token for token, place in vocabulary.items()}
+    found: list[tuple[float, int, int]] = []
     for token, place in vocabulary.items():
         if len(token) > MAX_PIECE_LENGTH:
             raise reader.bad("tokens", f"token {place} is too long", expected=f"at most {MAX_PIECE_LENGTH}")
+        rank = -float(scores[place])
         for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in vocabulary and right in vocabulary:
-                found.append((-float(scores[place]), vocabulary[left], vocabulary[right], left, right))
+            left = vocabulary.get(token[:cut])
+            if left is not None and (right := vocabulary.get(token[cut:])) is not None:
+                found.append((rank, left, right))
+        if len(found) > most_merges:
+            raise reader.bad("tokens", "too many merges", expected=f"at most {most_merges}")
     found.sort()
-    return [(left, right) for _, _, _, left, right in found]
+    return [(texts[left], texts[right]) for _, left, right in found]
 
 
 def _model(

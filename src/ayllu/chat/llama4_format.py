@@ -12,6 +12,7 @@ from typing import Literal
 
 from ayllu.chat.formats import Prompt, PromptBuilder, TextEncoder, openai_tool, to_json
 from ayllu.chat.images import ImageConfig, TiledImage, tile_image
+from ayllu.chat.llama4_tokens import STOP_NAMES
 from ayllu.chat.messages import ImagePart, Message, TextPart, ToolCall, ToolDefinition
 from ayllu.chat.toolcalls import ToolCallParser
 from ayllu.errors import UnsupportedError, UsageError
@@ -19,7 +20,6 @@ from ayllu.errors import UnsupportedError, UsageError
 CallStyle = Literal["json", "pythonic"]
 ToolTurnEnd = Literal["<|eot|>", "<|eom|>"]
 
-_STOP_NAMES = ("<|end_of_text|>", "<|eom|>", "<|eot|>")
 _ROLE_NAMES = {"tool": "ipython"}
 
 _INSTRUCTIONS = {
@@ -58,7 +58,7 @@ class Llama4Format:
         self._call_style = call_style
         self._tool_turn_end = tool_turn_end
         self._image_config = image_config or ImageConfig()
-        known = (tokenizer.specials[name] for name in _STOP_NAMES if name in tokenizer.specials)
+        known = (tokenizer.specials[name] for name in STOP_NAMES if name in tokenizer.specials)
         self.stop_ids = tokenizer.stop_ids | frozenset(known)
 
     def render(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from ayllu.errors import UsageError, clip
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -46,13 +48,21 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. Tool results carry role 'tool' and the id (and name) of the call they answer."""
+    """One turn. Tool results carry role 'tool' and the id (and name) of the call they answer.
+
+    Raises UsageError for a role that is none of `Role`: chat formats write it among their control tokens.
+    """
 
     role: Role
     content: str | tuple[Part, ...] = ""
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     name: str = ""
+
+    def __post_init__(self) -> None:
+        known = get_args(Role)
+        if self.role not in known:
+            raise UsageError(f"There is no role {clip(repr(self.role))}.", f"Known: {', '.join(known)}.")
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -8,6 +8,7 @@ rendered text then has its original character, which only the template can have 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -184,11 +185,17 @@ class StandIns:
     """Exchanges `characters` for private code points that do not occur in `used`, and back.
 
     One code point for one: lengths, stripping and splitting work on the exchanged text as on the original.
+    Raises UsageError where `used` leaves too few.
     """
 
     def __init__(self, characters: str, used: set[str]) -> None:
         free = (chr(code) for code in _STAND_INS if chr(code) not in used)
-        pairs = dict(zip(characters, free, strict=False))
+        chosen = list(itertools.islice(free, len(characters)))
+        if len(chosen) < len(characters):
+            raise UsageError(
+                "The text uses every private character.", "Remove characters U+F0000 to U+FFFFD."
+            )
+        pairs = dict(zip(characters, chosen, strict=True))
         self._forth = str.maketrans(pairs)
         self._back = str.maketrans({stand_in: character for character, stand_in in pairs.items()})
         # A template may ask for JSON in pure ASCII, which writes stand-ins as surrogate escapes.

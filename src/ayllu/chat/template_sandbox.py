@@ -193,10 +193,14 @@ def _metered_output(context: Context, value: Any) -> str:
     return text_of(CURRENT.get(), value)
 
 
+# jinja declares an attribute of the instance, so the class cannot hold the set itself as a ClassVar.
+_GENERATION_TAGS = {"generation"}
+
+
 class _Generation(Extension):
     """`{% generation %}`, which training tools read; here its body is simply rendered."""
 
-    tags = {"generation"}  # noqa: RUF012 - jinja's own declaration
+    tags = _GENERATION_TAGS
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -267,7 +271,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def getitem(self, obj: Any, argument: Any) -> Any:
         if isinstance(obj, dict | list | tuple | str | range) and isinstance(argument, str | int):
             try:
-                return obj[argument]  # type: ignore[index]
+                return cast(Any, obj)[argument]
             except (LookupError, TypeError):
                 pass
         if isinstance(argument, str):

@@ -7,6 +7,7 @@ runs follow the reference. Nothing is fetched: tiktoken's own loaders, which use
 from __future__ import annotations
 
 import binascii
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Meta's file is 3.6 MB with 200,000 lines of at most a few hundred bytes.
 MAX_FILE_BYTES = 64 << 20
 MAX_LINE_BYTES = 4096
+MAX_TOKENS = 1 << 20
 
 # tiktoken fails on longer input and is quadratic over unbroken runs; both figures are the reference's.
 MAX_ENCODE_CHARACTERS = 400_000
@@ -102,8 +104,9 @@ def parts_from_tiktoken(file: Path) -> TokenizerParts:
 def read_ranks(file: Path) -> list[bytes]:
     """The tokens of a tiktoken file in rank order.
 
-    Raises `ModelFileError` for a file over 64 MiB, a line over 4 KiB or not `base64 rank`, a repeated token,
-    ranks that are not 0, 1, 2, ..., or one of the 256 single bytes missing.
+    Raises `ModelFileError` for a file over 64 MiB, more than 2**20 lines, a line that is over 4 KiB,
+    empty or not `base64 rank`, a repeated token, ranks that are not 0, 1, 2, ..., or one of the 256 single
+    bytes missing.
     """
     size = file.stat().st_size
     if size > MAX_FILE_BYTES:
@@ -114,10 +117,10 @@ def read_ranks(file: Path) -> list[bytes]:
     if data[:1] == b"\n" and b"\x00" in data[:4096]:
         raise _sentencepiece_error(file)
     by_rank: dict[int, bytes] = {}
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(io.BytesIO(data), start=1):
         token, rank = _parse_line(line, file, number)
+        if number > MAX_TOKENS:
+            raise ModelFileError(file, "too many tokens", expected=f"at most {MAX_TOKENS}")
         if rank in by_rank:
             raise ModelFileError(file, f"rank {rank} appears twice", field=f"line {number}")
         by_rank[rank] = token

@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from ayllu.chat.vocabulary import SpecialToken, TokenizerParts, valid_unicode
 from ayllu.errors import ModelFileError, UnsupportedError, UsageError, did_you_mean
+from ayllu.folder_files import member_path
 
 
 class Tokenizer:
@@ -246,7 +247,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, object], file: Path) -> Tokenizer
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a model folder: `tokenizer.json`, else Llama 4's `tokenizer.model`.
 
-    `path` may also be one of those files. Raises `ModelFileError` or `UnsupportedError`.
+    `path` may also be one of those files. Raises `ModelFileError`, also for links that lead out of the
+    folder, or `UnsupportedError`.
     """
     folder = path if path.is_dir() else path.parent
     for_json = path if path.is_file() else folder / "tokenizer.json"
@@ -254,10 +256,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if for_json.suffix == ".json" and for_json.is_file():
         from ayllu.chat.tokenizer_json import parts_from_json
 
-        return Tokenizer(parts_from_json(for_json))
+        return Tokenizer(parts_from_json(member_path(folder, for_json.name)))
     if for_tiktoken.is_file():
         from ayllu.chat.tiktoken_vocabulary import parts_from_tiktoken
 
-        return Tokenizer(parts_from_tiktoken(for_tiktoken))
+        return Tokenizer(parts_from_tiktoken(member_path(folder, for_tiktoken.name)))
     fix = "Fetch the model again with its tokenizer files, or use its GGUF file."
     raise ModelFileError(path, "no tokenizer.json and no tokenizer.model here", fix=fix)

@@ -22,10 +22,15 @@ from ayllu.chat.vocabulary import (
     library_errors,
 )
 from ayllu.errors import ModelFileError, UnsupportedError
+from ayllu.folder_files import member_path
+from ayllu.json_file import read_json_object
 
 # Llama 4's file, the largest of the known families, is 28 MB.
 MAX_FILE_BYTES = 64 << 20
 MAX_CONFIG_BYTES = 4 << 20
+
+# The largest known files have 580,000 merges of three values each, and as many commas in their texts again.
+MAX_FILE_VALUES = 4_000_000
 
 # Ids beyond this are no vocabulary's: the largest known has 262,144.
 MAX_TOKEN_ID = 1 << 22
@@ -43,7 +48,7 @@ def parts_from_json(file: Path) -> TokenizerParts:
     where these exist. Raises `ModelFileError` for damaged files, `UnsupportedError` for kinds other
     than BPE.
     """
-    root = read_object(file, MAX_FILE_BYTES)
+    root = read_json_object(file, max_bytes=MAX_FILE_BYTES, max_values=MAX_FILE_VALUES)
     model = _object(root, "model", file)
     if model.get("type", "BPE") != "BPE":
         raise UnsupportedError(f"{file}: vocabulary of type '{model.get('type')}'.", "Only BPE is supported.")
@@ -62,22 +67,6 @@ def parts_from_json(file: Path) -> TokenizerParts:
         source=str(file),
         embedding_rows=configs.embedding_rows(),
     )
-
-
-def read_object(file: Path, limit: int) -> JsonObject:
-    """The JSON object in `file`, at most `limit` bytes of UTF-8. Raises `ModelFileError` otherwise."""
-    size = file.stat().st_size
-    if size > limit:
-        raise ModelFileError(file, "file too large", expected=f"at most {limit} bytes", got=size)
-    try:
-        value = json.loads(file.read_bytes())
-    except RecursionError:
-        raise ModelFileError(file, "JSON nested too deeply") from None
-    except ValueError as error:
-        raise ModelFileError(file, f"not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ModelFileError(file, "no JSON object", got=type(value).__name__)
-    return cast("JsonObject", value)
 
 
 def _object(parent: Mapping[str, Any], key: str, file: Path) -> JsonObject:
@@ -303,8 +292,9 @@ class _Configs:
         return rows if _is_id(rows) else None
 
     def _read(self, name: str) -> JsonObject:
-        file = self._folder / name
-        return read_object(file, MAX_CONFIG_BYTES) if file.is_file() else {}
+        if not (self._folder / name).is_file():
+            return {}
+        return read_json_object(member_path(self._folder, name), max_bytes=MAX_CONFIG_BYTES)
 
     def _named(self, key: str) -> int | None:
         value = self._tokenizer.get(key)

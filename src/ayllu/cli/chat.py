@@ -52,8 +52,9 @@ def chat(
     """
     from ayllu.chat.messages import Message, user_message
     from ayllu.cli.measure import Timing
+    from ayllu.cli.terminal import read_image
     from ayllu.engine.loaded_model import open_model
-    from ayllu.engine.sampling import Sampling
+    from ayllu.engine.parameters import Sampling
     from ayllu.progress import TerminalProgress
     from ayllu.settings import load_settings
 
@@ -61,7 +62,7 @@ def chat(
     settings = load_settings({"device": device, "dtype": dtype})
     one_answer = prompt is not None or as_json or not _at_terminal()
     question = _question(prompt) if one_answer else None
-    images = [_read_image(path) for path in image or ()]
+    images = [read_image(path) for path in image or ()]
     sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
@@ -116,27 +117,19 @@ def _at_terminal() -> bool:
 
 
 def _question(prompt: str | None) -> str:
+    from ayllu.cli.terminal import read_pipe
     from ayllu.cli.text_input import decode_text
     from ayllu.errors import UsageError
 
     piped = ""
     if sys.stdin is not None and not sys.stdin.isatty():
-        piped, encoding = decode_text(sys.stdin.buffer.read())
+        piped, encoding = decode_text(read_pipe())
         if encoding != "utf-8":
             print(f"(read the input as {encoding})", file=sys.stderr)
     question = "\n\n".join(part for part in (prompt or "", piped.strip("\r\n")) if part.strip())
     if not question:
         raise UsageError("There is nothing to answer.", 'Give a prompt: ayllu chat -p "…", or pipe text in.')
     return question
-
-
-def _read_image(path: Path) -> bytes:
-    from ayllu.errors import ImageError
-
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
 
 
 def _find_or_pull(model: str | None, pull: bool, settings: Settings) -> InstalledModel:
@@ -163,13 +156,14 @@ def _find_or_pull(model: str | None, pull: bool, settings: Settings) -> Installe
 def _stream(answer: Answer, *, silent: bool) -> list[str]:
     """The pieces of the answer, written as they come unless silent. Ctrl-C ends the program if it is not
     silent; otherwise the part that is there is the answer."""
+    from ayllu.cli.terminal import write_answer
+
     pieces: list[str] = []
     try:
         for piece in answer:
             pieces.append(piece)
             if not silent:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                write_answer(piece)
     except KeyboardInterrupt:
         if not silent:
             print()

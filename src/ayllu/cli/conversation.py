@@ -21,8 +21,10 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from ayllu.chat.messages import Message, user_message
-from ayllu.engine.sampling import Sampling
-from ayllu.errors import AylluError, ImageError, UsageError, did_you_mean
+from ayllu.cli.terminal import read_image, write_answer
+from ayllu.engine.parameters import Sampling
+from ayllu.errors import AylluError, UsageError, did_you_mean
+from ayllu.paths import expanded
 
 if TYPE_CHECKING:
     from ayllu.cli.measure import Timing
@@ -129,6 +131,8 @@ class Conversation:
                 self.handle(line)
             except SystemExit:
                 return
+            except KeyboardInterrupt:
+                print("(stopped)")
             except AylluError as error:
                 print(f"{error.problem} {error.fix}".rstrip(), file=sys.stderr)
 
@@ -148,14 +152,18 @@ class Conversation:
         self.commands[command](rest.strip())
 
     def _ask(self, text: str) -> None:
+        before = list(self.messages)
         self.messages.append(user_message(text, self.images))
+        self._answer_or_restore(before)
+        self.images = []
+
+    def _answer_or_restore(self, before: list[Message]) -> None:
+        """Answer; what cannot be answered is not kept, or every later turn would fail with it."""
         try:
             self._answer()
-        except AylluError:
-            # What cannot be answered is not kept: otherwise every later turn would fail with it.
-            self.messages.pop()
+        except (AylluError, KeyboardInterrupt):
+            self.messages = before
             raise
-        self.images = []
 
     def _answer(self) -> None:
         opening = [Message("system", self.system)] if self.system else []
@@ -166,8 +174,7 @@ class Conversation:
         try:
             for piece in answer:
                 pieces.append(piece)
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                write_answer(piece)
         except KeyboardInterrupt:
             print(" (stopped)", end="")
         print()
@@ -191,9 +198,10 @@ class Conversation:
         if not path:
             raise UsageError("Which image?", "Use /image FILE.")
         try:
-            self.images.append(Path(shlex.split(path)[0]).expanduser().read_bytes())
-        except (OSError, ValueError) as error:
-            raise ImageError(f"{path} cannot be read: {error}.", "Check the path.") from error
+            name = shlex.split(path)[0]
+        except ValueError as error:
+            raise UsageError(f"{path} has an open quotation mark.", "Use /image 'FILE'.") from error
+        self.images.append(read_image(expanded(name)))
         print(f"{len(self.images)} image(s) go with your next message.")
 
     def _set(self, text: str) -> None:
@@ -207,6 +215,11 @@ class Conversation:
                 )
             if name == "max_tokens":
                 self.max_tokens = _whole(name, value)
+                if self.max_tokens is not None and self.max_tokens < 1:
+                    self.max_tokens = None
+                    raise UsageError(
+                        "max_tokens must be at least 1.", "Use /set max_tokens off for no limit."
+                    )
             elif name == "seed":
                 self.sampling = dataclasses.replace(self.sampling, seed=_whole(name, value))
             else:
@@ -217,11 +230,12 @@ class Conversation:
         print(f"  max_tokens = {self.max_tokens}")
 
     def _retry(self, _: str) -> None:
+        before = list(self.messages)
         while self.messages and self.messages[-1].role == "assistant":
             self.messages.pop()
         if not self.messages:
             raise UsageError("There is nothing to answer again.", "Say something first.")
-        self._answer()
+        self._answer_or_restore(before)
 
     def _undo(self, _: str) -> None:
         while self.messages and self.messages.pop().role != "user":
@@ -238,7 +252,7 @@ class Conversation:
         turns = [{"role": message.role, "content": message.text} for message in self.messages]
         document = {"model": self.name, "system": self.system, "messages": turns}
         try:
-            Path(path).expanduser().write_text(json.dumps(document, ensure_ascii=False, indent=2), "utf-8")
+            expanded(path).write_text(json.dumps(document, ensure_ascii=False, indent=2), "utf-8")
         except OSError as error:
             raise UsageError(
                 f"{path} cannot be written: {error.strerror}.", "Choose another file."
@@ -247,7 +261,7 @@ class Conversation:
 
     def _load(self, path: str) -> None:
         try:
-            document = json.loads(Path(path).expanduser().read_text("utf-8"))
+            document = json.loads(expanded(path).read_text("utf-8"))
             messages = [Message(turn["role"], str(turn["content"])) for turn in document["messages"]]
             system = document.get("system")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -170,9 +170,9 @@ def _to_gguf(checkpoint: Checkpoint, target: Path, numbers: Numbers | None, prog
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a GGUF says of its tokens, from the tokenizer files of the source's folder."""
-    from ayllu.weights.folder_files import companions
+    from ayllu.folder_files import companions
+    from ayllu.json_file import read_json_object
     from ayllu.weights.gguf_vocabulary import gguf_vocabulary_metadata
-    from ayllu.weights.json_file import read_json_object
 
     files = {file.name: file for file in companions(checkpoint.path)}
     if "tokenizer.json" not in files:

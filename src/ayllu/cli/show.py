@@ -35,10 +35,13 @@ def _readable(value: Any) -> str:
 
 
 def _preset_facts(name: str) -> dict[str, Any]:
-    from ayllu.model.presets import preset
+    import inspect
+
+    from ayllu.model.presets import PRESETS, preset
 
     config = preset(name)
-    return {"name": f"preset:{name}"} | _architecture(config) | _memory(config)
+    about = (inspect.getdoc(PRESETS[name]) or "").replace("\n", " ")
+    return {"name": f"preset:{name}", "about": about} | _architecture(config) | _memory(config)
 
 
 def _model_facts(model: str) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def _model_facts(model: str) -> dict[str, Any]:
         "size_on_disk": _gigabytes(installed.size_bytes),
         **_architecture(checkpoint.config),
         "precision": _precision(checkpoint),
-        "licence": installed.licence or "not stated",
+        "licence": installed.licence,
         "source": installed.source,
         **_memory(checkpoint.config),
         **({"note": " ".join(notes)} if (notes := config_notes(checkpoint.config)) else {}),
@@ -68,6 +71,7 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
         "architecture": config.architecture,
         "parameters": config.parameters,
         "active_per_token": config.active_parameters,
+        "flops_per_token": f"{config.flops_per_token():.3g} forward, without attention over the context",
         "layers": _layers(config),
         "width": config.hidden_size,
         "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} key-value",
@@ -100,7 +104,7 @@ def _precision(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _memory(config: ModelConfig) -> dict[str, Any]:
-    from ayllu.engine.limits import DEFAULT_CONTEXT
+    from ayllu.engine.parameters import DEFAULT_CONTEXT
 
     context = min(DEFAULT_CONTEXT, config.max_position_embeddings)
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +16,10 @@ from ayllu.chat.formats import ChatFormat, chat_format_for
 from ayllu.chat.images import ImageConfig, TiledImage
 from ayllu.chat.messages import Message
 from ayllu.chat.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
-from ayllu.engine.sampling import Sampling
+from ayllu.engine.parameters import Sampling
 from ayllu.errors import ModelFileError, UnsupportedError
+from ayllu.folder_files import member_path
+from ayllu.json_file import read_json_object
 from ayllu.model.config import ModelConfig
 from ayllu.progress import SILENT, Progress
 from ayllu.weights.checkpoint import Checkpoint, open_checkpoint
@@ -100,7 +102,7 @@ class LoadedModel:
     ) -> Answer:
         """The answer to a conversation, made while it is iterated.
 
-        Raises ContextOverflowError, ImageError or TemplateError.
+        Raises ImageError or TemplateError here, ContextOverflowError when the iteration begins.
         """
         prompt = self.chat_format.render(messages)
         answer = Answer(iter(()), len(prompt.token_ids))
@@ -119,7 +121,8 @@ class LoadedModel:
     ) -> Iterator[str]:
         decoder = StreamDecoder(self.tokenizer, skip_specials=True)
         pixels = _pixels(images)
-        limit = min(max_new_tokens or self.oracle.context, self.oracle.context - len(tokens))
+        room = self.oracle.context - len(tokens)
+        limit = room if max_new_tokens is None else min(room, max_new_tokens)
         generated = self.oracle.generate(
             tokens, sampling, max_new_tokens=limit, stop_ids=self.chat_format.stop_ids, pixels=pixels
         )
@@ -156,10 +159,10 @@ def open_model(
 
     Raises ModelFileError, UnsupportedError, NoSpaceError, MissingExtraError (torch) or UsageError.
     """
+    checkpoint = open_checkpoint(path)
     with ThreadPoolExecutor(1) as pool:
-        # Importing torch and building a large vocabulary take about as long; neither needs the other.
-        importing = pool.submit(_import_torch)
-        checkpoint = open_checkpoint(path)
+        # Importing torch takes longer than building a large vocabulary, and neither needs the other.
+        importing = pool.submit(importlib.import_module, "ayllu.weights.load")
         tokenizer = tokenizer_for(checkpoint)
         config = checkpoint.config
         chat_format = chat_format_for(
@@ -169,10 +172,6 @@ def open_model(
     return LoadedModel(
         checkpoint, tokenizer, chat_format, context=context, device=device, dtype=dtype, progress=progress
     )
-
-
-def _import_torch() -> None:
-    import ayllu.weights.load  # noqa: F401
 
 
 def tokenizer_for(checkpoint: Checkpoint) -> Tokenizer:
@@ -200,20 +199,16 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
     if checkpoint.format == "gguf":
         template = checkpoint.metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
-    own_file = checkpoint.path / "chat_template.jinja"
-    if own_file.is_file():
-        return _small_text(own_file)
-    config_file = checkpoint.path / "tokenizer_config.json"
-    if not config_file.is_file():
+    folder = checkpoint.path
+    if (folder / "chat_template.jinja").is_file():
+        return _small_text(member_path(folder, "chat_template.jinja"))
+    if not (folder / "tokenizer_config.json").is_file():
         return None
-    try:
-        config = json.loads(_small_text(config_file, 16 * MAX_TEMPLATE_BYTES))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ModelFileError(config_file, "is not valid JSON") from error
-    template = config.get("chat_template") if isinstance(config, dict) else None
+    config_file = member_path(folder, "tokenizer_config.json")
+    template = read_json_object(config_file, max_bytes=16 * MAX_TEMPLATE_BYTES).get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = entries[-1].get("template") if entries else None
     return template if isinstance(template, str) else None
 
 

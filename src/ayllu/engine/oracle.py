@@ -12,8 +12,8 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor
 
-from ayllu.engine.limits import DEFAULT_CONTEXT
-from ayllu.engine.sampling import Sampler, Sampling
+from ayllu.engine.parameters import DEFAULT_CONTEXT, Sampling
+from ayllu.engine.sampling import Sampler
 from ayllu.engine.sequence_cache import SequenceCache
 from ayllu.errors import ContextOverflowError, UsageError
 from ayllu.model.decoder import Decoder

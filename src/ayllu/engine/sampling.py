@@ -5,40 +5,13 @@ Order of steps: penalty, temperature, top-k, top-p, min-p, draw. Temperature 0 i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ayllu.errors import UsageError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn. The defaults are Llama 4's (spec 8.3)."""
-
-    temperature: float = 0.6
-    top_p: float = 0.9
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        _require("temperature", self.temperature, 0.0, 100.0)
-        _require("top_p", self.top_p, 0.0, 1.0)
-        _require("top_k", self.top_k, 0, 1 << 24)
-        _require("min_p", self.min_p, 0.0, 1.0)
-        _require("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        if self.seed is not None:
-            _require("seed", self.seed, 0, (1 << 63) - 1)
-
-
-def _require(name: str, value: float, low: float, high: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
-        raise UsageError(f"{name} = {value} is out of range.", f"Use a value from {low:g} to {high:g}.")
+from ayllu.engine.parameters import Sampling
+from ayllu.errors import UnsupportedError
 
 
 class Sampler:
@@ -55,6 +28,10 @@ class Sampler:
     def next_token(self, logits: Tensor, history: Iterable[int] = ()) -> int:
         """A token drawn from logits [vocab_size]. `history` is what the repetition penalty looks at."""
         logits = logits.float().cpu()
+        if not bool(logits.max().isfinite()):
+            raise UnsupportedError(
+                "The model computed no finite numbers.", "Use --dtype float32, or fetch the model again."
+            )
         if self.sampling.repetition_penalty != 1.0:
             logits = penalise_repetition(logits, history, self.sampling.repetition_penalty)
         if self.sampling.temperature == 0:
@@ -78,7 +55,9 @@ def kept_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     top_p drops tokens whose more likely ones already exceed p together (spec 8.3); min_p those less likely
     than that share of the best. The best token always stays.
     """
-    ordered, order = (logits / sampling.temperature).softmax(-1).sort(descending=True, stable=True)
+    ordered, order = (
+        ((logits - logits.max()) / sampling.temperature).softmax(-1).sort(descending=True, stable=True)
+    )
     keep = torch.ones_like(ordered, dtype=torch.bool)
     if sampling.top_k:
         keep[sampling.top_k :] = False

@@ -180,7 +180,7 @@ def mini() -> ModelConfig:
 
 
 def nano() -> ModelConfig:
-    """Ours, for training on a laptop: about 30M active, 136M in all, with a tiny image tower."""
+    """Ours, for training on a laptop: about 30M active, 139M in all, with a tiny image tower."""
     return ModelConfig(
         architecture="llama4",
         vocab_size=32_768,

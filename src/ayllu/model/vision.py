@@ -62,6 +62,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
+    """Two layers with a GELU between, at every patch [N, P, D] on its own."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
@@ -72,6 +74,8 @@ class VisionMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
+    """Attention, then the MLP, each normalised before and added to its input [N, P, D]."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.attention_norm = LayerNorm(config.hidden_size, eps=config.norm_eps)

@@ -145,16 +145,20 @@ class _Header:
         return start
 
     def u32(self, field: str) -> int:
+        """The next four bytes as an unsigned number."""
         return int(_U32.unpack_from(self.view, self.take(4, field))[0])
 
     def u64(self, field: str) -> int:
+        """The next eight bytes as an unsigned number."""
         return int(_U64.unpack_from(self.view, self.take(8, field))[0])
 
     @property
     def budget(self) -> int:
+        """Bytes of memory that the rest of the header may still take."""
         return HEADER_BUDGET + self.size - self.position - self.spent
 
     def spend(self, amount: int, field: str, offset: int) -> None:
+        """Take `amount` bytes off the budget; `field` is refused where that is not enough."""
         if amount > self.budget:
             self.fail("the header takes too much memory", field, offset)
         self.spent += amount

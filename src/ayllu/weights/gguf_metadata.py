@@ -73,6 +73,7 @@ class Metadata:
 
 
 def described(value: object) -> str:
+    """A metadata value in the words of an error message: an array by its length, not its contents."""
     if value is None:
         return "nothing"
     if isinstance(value, list | np.ndarray):

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ayllu.errors import ModelFileError, UnsupportedError, clip
+from ayllu.folder_files import member_path
+from ayllu.json_file import read_json_object
 from ayllu.model.config import (
     MAX_LAYERS,
     AttentionTemperature,
@@ -24,7 +26,6 @@ from ayllu.model.config import (
 )
 from ayllu.weights.hf_config_writer import hugging_face_config
 from ayllu.weights.hf_fields import Fields
-from ayllu.weights.json_file import read_json_object
 
 __all__ = ["config_from_hugging_face", "config_notes", "hugging_face_config", "read_config"]
 
@@ -35,13 +36,12 @@ MAX_HEAD_DIM = 1 << 14
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder, unchecked but bounded. Raises ModelFileError."""
-    file = folder / "config.json"
-    if not file.is_file():
+    """The config.json of a folder, unchecked but bounded. Raises ModelFileError, also for links out of it."""
+    if not (folder / "config.json").is_file():
         raise ModelFileError(
             folder, "has no config.json", fix="Name the folder of a model in Hugging Face's layout."
         )
-    return read_json_object(file, max_bytes=MAX_CONFIG_BYTES)
+    return read_json_object(member_path(folder, "config.json"), max_bytes=MAX_CONFIG_BYTES)
 
 
 def config_from_hugging_face(config: Mapping[str, Any], file: Path) -> ModelConfig:

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from ayllu.errors import UnsupportedError, UsageError
+from ayllu.folder_files import companions
+from ayllu.json_file import read_json_object
 from ayllu.model.config import ModelConfig
 from ayllu.model.parameters import parameter_shapes
 from ayllu.progress import SILENT, Progress
 from ayllu.weights.checkpoint import Checkpoint
-from ayllu.weights.folder_files import companions
 from ayllu.weights.hf_config_writer import hugging_face_config, rope_layout_of
-from ayllu.weights.json_file import read_json_object
 from ayllu.weights.names import NameMap, hugging_face_names
 from ayllu.weights.rope_layout import permute_rope_rows
 from ayllu.weights.safetensors_writer import (

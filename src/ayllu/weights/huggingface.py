@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from ayllu.errors import ModelFileError, UnsupportedError, clip
+from ayllu.folder_files import member_path
+from ayllu.json_file import read_json_object
 from ayllu.model.config import ExpertsConfig, ModelConfig
 from ayllu.weights.checkpoint import Checkpoint
-from ayllu.weights.folder_files import member_path
 from ayllu.weights.hf_config import config_from_hugging_face, read_config
 from ayllu.weights.hf_save import save_folder
-from ayllu.weights.json_file import read_json_object
 from ayllu.weights.names import hugging_face_names
 from ayllu.weights.safetensors import MAX_TENSORS, SafetensorsFile
 from ayllu.weights.scaled import ScaledTensor, has_fp8_weights

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 from ayllu.errors import MissingExtraError, NoSpaceError, UsageError
 
@@ -83,7 +84,7 @@ def require_memory(needed: int, device: torch.device) -> None:
     """Refuse a load that cannot fit, before it starts. Raises NoSpaceError with the numbers."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
         free = _available_memory()
     else:
         return
@@ -97,7 +98,7 @@ def require_memory(needed: int, device: torch.device) -> None:
 def _available_memory() -> int:
     # MemAvailable counts the page cache that the system would give back; free pages alone would not.
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
+        with Path("/proc/meminfo").open(encoding="ascii") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024

@@ -19,11 +19,11 @@ import ml_dtypes
 import numpy as np
 
 from ayllu.errors import MissingExtraError, ModelFileError, UnsupportedError, UsageError, clip
+from ayllu.folder_files import companions, member_path
 from ayllu.model.config import ModelConfig
 from ayllu.model.parameters import parameter_shapes
 from ayllu.progress import SILENT, Progress
 from ayllu.weights.checkpoint import Checkpoint
-from ayllu.weights.folder_files import companions, member_path
 from ayllu.weights.meta_params import config_from_params, params_from_config, read_params
 from ayllu.weights.names import NameMap, meta_names
 from ayllu.weights.rope_layout import permute_rope_rows

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ayllu.errors import UnsupportedError
+from ayllu.json_file import read_json_object
 from ayllu.model.config import (
     MAX_LAYERS,
     AttentionTemperature,
@@ -21,7 +22,6 @@ from ayllu.model.config import (
     VisionConfig,
 )
 from ayllu.weights.hf_fields import Fields
-from ayllu.weights.json_file import read_json_object
 
 MAX_PARAMS_BYTES = 1 << 20
 LLAMA4_CONTEXT = 262_144
