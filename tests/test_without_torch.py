@@ -1,4 +1,4 @@
-"""Everything below the network works on a machine without torch, and says what is missing when it is needed."""
+"""Everything below the network works without torch, and says what is missing when torch is needed."""
 
 from __future__ import annotations
 

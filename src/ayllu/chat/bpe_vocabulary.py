@@ -5,8 +5,9 @@ Both take a ready encoder that holds no special token, and the text of every id 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ayllu.chat.vocabulary import SpacePrefix, library_errors, pieces_of
 
@@ -66,6 +67,17 @@ class ByteLevelVocabulary:
         if len(self._present) < 256 and text.encode("utf-8").translate(None, self._present):
             text = self._without_missing_bytes(text)
         return encode_in_pieces(self._encoder, text, self._source)
+
+    def document(self) -> dict[str, Any]:
+        """This vocabulary as a tokenizer.json describes it, without special tokens."""
+        document: dict[str, Any] = json.loads(self._encoder.to_str())
+        document["decoder"] = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": False,
+            "use_regex": False,
+        }
+        return document
 
     def bytes_of(self, token: int) -> bytes:
         text = self._texts[token]

@@ -45,6 +45,11 @@ class Tokenizer:
         self.add_bos = parts.add_bos
         self._check_ids()
 
+    @property
+    def parts(self) -> TokenizerParts:
+        """What this tokenizer was made from."""
+        return self._parts
+
     def with_embedding_rows(self, rows: int) -> Tokenizer:
         """The same tokenizer for a model whose embedding table has `rows` rows (at least `vocab_size`)."""
         if rows < self.vocab_size:
