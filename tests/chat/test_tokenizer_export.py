@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from ayllu.chat.tokenizer import load_tokenizer, tokenizer_from_gguf
 from ayllu.chat.tokenizer_export import tokenizer_files
 from ayllu.errors import UnsupportedError
 from ayllu.weights.checkpoint import open_checkpoint
+from ayllu.weights.gguf_vocabulary import pre_tokenizer_name
 from tests.chat.small_vocabularies import gguf_metadata, sentencepiece_metadata
 
 TEXTS = ["Hello, world!  12345", "日本語のテキスト。", "def f(x):\n    return x ** 2\n", "🙂 <|im_end|> é"]
@@ -49,6 +51,8 @@ def test_small_vocabularies_survive(pre: str, tmp_path: Path) -> None:
     for text in TEXTS:
         assert written.encode(text) == original.encode(text)
         assert written.encode_trusted(text) == original.encode_trusted(text)
+    document = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert pre_tokenizer_name(document) == pre
 
 
 def test_other_vocabularies_are_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -167,3 +168,56 @@ def test_a_pickled_folder_is_pointed_to_safetensors(tmp_path: Path) -> None:
 def test_importing_the_command_loads_neither_torch_nor_numpy() -> None:
     code = "import sys, ayllu.cli.convert; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_force_deletes_nothing_but_models(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "home" / "model").mkdir(parents=True)
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    shutil.copytree(folder, tmp_path / "home" / "source")
+    for target in (tmp_path / "home", tmp_path / "home" / "source" / ".."):
+        for source in (folder, tmp_path / "home" / "source"):
+            with pytest.raises(UsageError):
+                run(source, target, "--force")
+    with pytest.raises(UsageError, match="not a GGUF"):
+        run(folder, tmp_path / "home" / "thesis.txt", "--to", "gguf", "--force")
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["home"]
+    assert same_numbers(open_folder(tmp_path / "home" / "source"), open_folder(folder))
+
+
+def test_a_gguf_is_not_converted_over_the_folder_it_lies_in(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(folder, tmp_path / "m.gguf")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is or holds the source"):
+        run("m.gguf", ".", "--force")
+    assert [item.name for item in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize("target", ["file/model.gguf", "file/out", "x" * 300 + ".gguf", "x" * 300])
+def test_a_target_that_cannot_be_written_is_a_usage_error(target: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UsageError):
+        run(folder, tmp_path / target)
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "-1", "1e300"])
+def test_a_shard_size_is_a_number(size: str, folder: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "out"), "--shard-size", size])
+    assert isinstance(result.exception, UsageError) or (result.exit_code == 2) == (size != "1e300")
+    assert (tmp_path / "out").exists() == (size == "1e300")
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"), [(b"\xff\xfe", "not UTF-8"), (b"x" * (2 << 20), "too large")]
+)
+def test_a_chat_template_is_text_of_a_sensible_size(
+    template: bytes, problem: str, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "in")
+    (tmp_path / "in" / "chat_template.jinja").write_bytes(template)
+    with pytest.raises(ModelFileError, match=problem):
+        run(tmp_path / "in", tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from ayllu.cli import models
 from ayllu.errors import UnknownModelError, UsageError
+from ayllu.weights.catalogue import builtin_catalogue
 from tests.weights.small_models import gguf_bytes, sha256
 
 DATA = gguf_bytes(2_000)
@@ -20,14 +22,15 @@ DATA = gguf_bytes(2_000)
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.setenv("AYLLU_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("AYLLU_CONFIG", str(tmp_path / "none.toml"))
+    (tmp_path / "empty.toml").touch()
+    monkeypatch.setenv("AYLLU_CONFIG", str(tmp_path / "empty.toml"))
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command("pull")(models.pull)
     app.command("list")(models.list_models)
     app.command("remove")(models.remove)
 
-    def invoke(*arguments: str):
-        return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "100"})
+    def invoke(*arguments: str, columns: int = 100):
+        return CliRunner().invoke(app, list(arguments), env={"COLUMNS": str(columns)})
 
     return invoke
 
@@ -42,7 +45,7 @@ def tiny(tmp_path):
 def test_pull_says_what_it_is_where_it_is_and_what_comes_next(run, tiny, tmp_path):
     result = run("pull", tiny, "--name", "my-tiny")
     assert result.exit_code == 0
-    assert "my-tiny: 0.0 MB, SHA-256 verified" in result.output
+    assert "my-tiny: 0.0 MB, SHA-256 recorded" in result.output
     assert "Licence:" in result.output
     assert str(tmp_path / "store" / "my-tiny" / "tiny.gguf") in result.output
     assert "Next:    ayllu chat my-tiny" in result.output
@@ -111,3 +114,38 @@ def test_importing_the_commands_loads_nothing_heavy():
     heavy = ("torch", "huggingface_hub", "httpx2", "pydantic", "rich.table", "numpy", "filelock")
     code = f"import ayllu.cli.models, sys; print([m for m in {heavy!r} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_verified_is_said_only_of_a_hash_that_was_promised():
+    pinned = SimpleNamespace(sha256="a" * 64)
+    opened = SimpleNamespace(catalogue=SimpleNamespace(model=[pinned, SimpleNamespace(sha256=None)]))
+
+    def said(source, digest):
+        return models._verification(opened, SimpleNamespace(source=source, sha256=digest))
+
+    assert said("pypi:x==1", "a" * 64) == "SHA-256 verified"
+    assert said("hf:org/name", None) == "SHA-256 verified"
+    assert said("pypi:x==1", "b" * 64) == said("file:/x", None) == "SHA-256 recorded"
+
+
+def test_list_fits_eighty_columns_with_one_line_for_each_row(run, tiny):
+    run("pull", tiny, "--name", "m" * 60)
+    lines = run("list", columns=80).output.splitlines()
+    catalogue = lines[lines.index("Ready to pull: ayllu pull NAME") :]
+    assert all(len(line) <= 80 for line in catalogue)
+    entries = builtin_catalogue().model
+    assert len(catalogue) == 2 + 2 * len(entries) + any(entry.gated for entry in entries)
+    assert len([line for line in lines if line.startswith("m" * 60)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "short"),
+    [
+        ("hf:org/name@ab810cf6/model.Q4_1.gguf", "hf:org/name"),
+        ("hf:org/name/model.gguf", "hf:org/name"),
+        ("pypi:pack-part{1..22}==0.1", "pypi:pack-part{1..22}"),
+        ("file:/a/b.gguf", "file:/a/b.gguf"),
+    ],
+)
+def test_a_source_is_shown_without_its_details(source, short):
+    assert models._short_source(source) == short

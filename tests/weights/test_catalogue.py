@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ayllu.errors import AylluError, UnknownModelError, UsageError
-from ayllu.weights.catalogue import builtin_catalogue, fallbacks, parse_catalogue
+from ayllu.weights.catalogue import builtin_catalogue, parse_catalogue
 from ayllu.weights.sources import HubSource, PackageSource
 from tests.weights.small_models import entry_text
 
@@ -42,6 +42,7 @@ def test_every_hub_entry_without_a_hash_is_a_whole_repository():
 
 
 def test_fallbacks_go_to_the_nearest_smaller_pinned_model():
+    fallbacks = builtin_catalogue().fallbacks
     assert [entry.name for entry in fallbacks("qwen2.5-coder-1.5b-instruct")] == [
         "qwen2.5-coder-0.5b-instruct",
         "smollm2-135m-instruct",

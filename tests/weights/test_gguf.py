@@ -13,7 +13,7 @@ from gguf.quants import dequantize, quantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ayllu.errors import NoSpaceError, UnsupportedError
+from ayllu.errors import NoSpaceError, UnsupportedError, UsageError
 from ayllu.weights import gguf_writer
 from ayllu.weights.gguf import read_gguf
 from ayllu.weights.gguf_blocks import WRITABLE_TYPES, QuantisedTensor
@@ -261,3 +261,8 @@ def test_formats_that_are_not_written_or_do_not_fit_are_refused(encoding: str, t
     narrow = PlainTensor(np.zeros((2, 33), np.float32))
     with pytest.raises(UnsupportedError, match="Tensor t"):
         write_gguf(tmp_path / "m.gguf", {}, [TensorToWrite("t", narrow, encoding)])
+
+
+def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_gguf(tmp_path / "none" / "m.gguf", {}, [TensorToWrite("t", tensor(), "F32")])

@@ -330,3 +330,10 @@ def test_vocabulary_and_description_travel_with_the_model(tmp_path: Path) -> Non
 def test_unknown_encoding_names_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"not written in Q8_1. Did you mean Q8_0.*Q4_1"):
         save_gguf(random_checkpoint(CONFIGS["llama"]), tmp_path / "m.gguf", "Q8_1")
+
+
+def test_double_precision_is_written_as_bf16_and_said(tmp_path: Path) -> None:
+    source = random_checkpoint(CONFIGS["llama"], dtype=np.float64)
+    saved = save_gguf(source, tmp_path / "m.gguf")
+    assert any("GGUF has no F64" in note for note in saved.notes)
+    assert set(open_gguf(saved.path).bytes_by_encoding) == {"BF16", "F32"}

@@ -184,7 +184,11 @@ def test_a_target_in_the_way_is_left_alone_unless_told_otherwise(
     checkpoint = open_folder(tiny_folder("llama"))
     with pytest.raises(UsageError, match="exists already"):
         save_folder(checkpoint, target)
+    with pytest.raises(UsageError, match=r"not only a model: it holds precious\.txt"):
+        save_folder(checkpoint, target, overwrite=True)
     assert (target / "precious.txt").read_text() == "mine"
+    (target / "precious.txt").unlink()
+    save_folder(checkpoint, target)
     save_folder(checkpoint, target, overwrite=True)
     assert same_bits(checkpoint, open_folder(target))
     assert [item.name for item in tmp_path.iterdir()] == ["ours"]
@@ -447,3 +451,38 @@ def test_opening_maps_and_copies_nothing(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert used < 1 << 20
     assert sum(tensor.nbytes for tensor in opened.tensors.values()) > 100_000
+
+
+@pytest.mark.parametrize("foreign", ["config.json only as a folder", "subfolder", "link", "no config.json"])
+def test_only_what_is_plainly_a_model_is_overwritten(
+    foreign: str, tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    checkpoint, target = open_folder(tiny_folder("llama")), tmp_path / "ours"
+    save_folder(checkpoint, target)
+    if foreign == "subfolder":
+        (target / "notes").mkdir()
+    elif foreign == "link":
+        (target / "extra.json").symlink_to(target / "config.json")
+    else:
+        (target / "config.json").unlink()
+        if foreign.startswith("config"):
+            (target / "config.json").mkdir()
+    before = sorted(target.iterdir())
+    with pytest.raises(UsageError, match="not only a model"):
+        save_folder(checkpoint, target, overwrite=True)
+    assert sorted(target.iterdir()) == before
+
+
+def test_every_kind_of_pickle_is_named(tmp_path: Path) -> None:
+    from ayllu.weights.file_kinds import PICKLE_SUFFIXES
+
+    for suffix in sorted(PICKLE_SUFFIXES):
+        folder = tmp_path / suffix[1:]
+        folder.mkdir()
+        (folder / "config.json").write_text(
+            '{"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1,'
+            ' "num_attention_heads": 1, "intermediate_size": 8, "max_position_embeddings": 8}'
+        )
+        (folder / f"model{suffix}").write_bytes(b"x")
+        with pytest.raises(UnsupportedError, match="can run code"):
+            open_folder(folder)

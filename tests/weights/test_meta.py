@@ -421,3 +421,14 @@ def test_joined_tensors_are_views_of_the_mapped_shards(meta_folder: Path) -> Non
     assert not any(part.array.flags.owndata for part in parts)
     whole: Floats = tensor.decode()
     assert np.array_equal(tensor.decode_rows(5, 20), whole[5:20])
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(1).expand(1 << 20, 1 << 20), torch.zeros(1, 1).expand(1 << 30, 1), torch.zeros(4, 4).T],
+)
+def test_a_tensor_that_claims_more_than_its_bytes_is_refused(tensor: torch.Tensor, meta_folder: Path) -> None:
+    for number in range(2):
+        change(meta_folder, {"norm.weight": tensor}, number)
+    with pytest.raises(ModelFileError, match="larger than its bytes"):
+        open_meta(meta_folder)

@@ -363,3 +363,27 @@ def test_the_note_beside_partial_bytes_is_not_trusted_blindly(kind):
         note.write_text(text)
     served.cuts.clear()
     assert store.pull("m").sha256 == sha256(DATA)
+
+
+def test_a_lying_answer_does_not_cost_the_bytes_that_are_there(kind):
+    served = kind.serve(cuts=[2_000_000, 0, 0, 0, 0, 0])
+    store = kind.store()
+    with pytest.raises(SourceError):
+        store.pull("m")
+    served.cuts, served.ignores_range, served.length_lie = [], True, -1000
+    with pytest.raises(SourceError, match="are promised"):
+        store.pull("m")
+    assert next(store.root.rglob("*.part")).stat().st_size == 2_000_000
+    served.ignores_range, served.length_lie = False, 0
+    assert store.pull("m").sha256 == sha256(DATA)
+    assert served.requests[-1]["range"] == "bytes=2000000-"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("SSL_CERT_FILE", "/nonexistent/ca.pem"), ("HTTPS_PROXY", "foo://x")]
+)
+def test_an_unusable_network_setting_is_named(kind, monkeypatch, variable, value):
+    kind.serve()
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SourceError, match=variable):
+        kind.store().pull("m")

@@ -153,3 +153,13 @@ def test_a_malformed_source_is_a_usage_error_with_the_right_form(text):
 def test_a_forgotten_hub_prefix_is_suggested():
     with pytest.raises(UnknownModelError, match="ayllu pull hf:org/name"):
         parse_source("org/name")
+
+
+def test_a_link_out_of_a_folder_is_not_followed(store, tmp_path):
+    (tmp_path / "secret").write_text("not yours")
+    folder = make_folder(tmp_path / "model")
+    (folder / "notes.json").symlink_to(tmp_path / "secret")
+    for ask in (store.pull, store.find):
+        with pytest.raises(ModelFileError, match="link out of the model's folder"):
+            ask(str(folder))
+    assert store.list() == []

@@ -263,3 +263,59 @@ def test_only_pickles_or_a_split_gguf_is_unsupported():
         choose_files("r", ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"], None)
     with pytest.raises(UnsupportedError, match="split"):
         choose_files("r", ["a-00001-of-00002.gguf"], "a-00001-of-00002.gguf")
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ({"license": "apache-2.0"}, "apache-2.0"),
+        ({"license": "other", "license_name": "llama4"}, "llama4"),
+        ({"license": ["x"]}, "unknown"),
+        ({"license": "  "}, "unknown"),
+        ({}, "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_the_licence_is_what_the_models_card_states(server, store, card, licence):
+    server.serve_repository("org/name", REPOSITORY)
+    listing = server.files["/api/models/org/name/revision/main"]
+    listing.data = json.dumps(json.loads(listing.data) | {"cardData": card}).encode()
+    assert store.pull("hf:org/name").licence == licence
+
+
+def test_a_cache_that_cannot_be_written_lets_the_next_source_deliver(server, tmp_path, monkeypatch):
+    data = gguf_bytes(3000)
+    server.serve_repository("org/name", {"m.gguf": data})
+    server.serve("/m.gguf", data)
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    entry = entry_text("m", data, "hf:org/name/m.gguf", server.url("/m.gguf"))
+    store = Store(tmp_path / "store", catalogue=catalogue_of(entry), limits=QUICK)
+    assert store.pull("m").source == server.url("/m.gguf")
+    with pytest.raises(SourceError, match="HF_HUB_CACHE"):
+        store.pull("hf:org/name/m.gguf", name="other")
+
+
+def test_a_cache_that_is_complete_need_not_be_writable(server, store, tmp_path, monkeypatch):
+    server.serve_repository("org/name", REPOSITORY)
+    store.pull("hf:org/name")
+    store.remove("name")
+    before = {path: path.lstat().st_mtime_ns for path in (tmp_path / "hub").rglob("*")}
+    store.pull("hf:org/name")
+    assert {path: path.lstat().st_mtime_ns for path in (tmp_path / "hub").rglob("*")} == before
+
+
+def test_a_link_in_the_cache_is_replaced_in_one_step(server, store, tmp_path, monkeypatch):
+    server.serve_repository("org/name", {"m.gguf": gguf_bytes(300)})
+    pointer = tmp_path / "hub/models--org--name/snapshots" / COMMIT / "m.gguf"
+    pointer.parent.mkdir(parents=True)
+    pointer.write_bytes(b"old")
+    unlink = Path.unlink
+
+    def never_gone(self, missing_ok=False):
+        assert self != pointer
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", never_gone)
+    store.pull("hf:org/name/m.gguf")
+    assert pointer.is_symlink() and sorted(pointer.parent.iterdir()) == [pointer]

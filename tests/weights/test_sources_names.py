@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ayllu.errors import AylluError, UnsupportedError, UsageError
+from ayllu.weights.file_kinds import is_pickle
 from ayllu.weights.sources.safe_names import (
-    is_pickle,
     model_name_from,
     refuse_unless_model_file,
     safe_digest,

@@ -221,6 +221,18 @@ def test_an_archive_with_a_huge_table_of_contents_is_not_read(index, fetched, tm
         make_store(tmp_path).pull("pypi:wide==1.0")
 
 
+@pytest.mark.parametrize("comment", [b"", b"c" * 65_535], ids=len)
+def test_a_zip64_directory_does_not_get_around_the_bound(index, fetched, tmp_path, comment):
+    wheel = make_wheel(index, "wide", "1.0", {"wide/x.gguf": DATA})
+    data = wheel.read_bytes()
+    at = data.rfind(b"PK\x05\x06")
+    locator = b"PK\x06\x07" + struct.pack("<IQI", 0, 0, 1)
+    end = data[at : at + 20] + struct.pack("<H", len(comment)) + comment
+    wheel.write_bytes(data[:at] + locator + end)
+    with pytest.raises(SourceError, match="zip64"):
+        make_store(tmp_path).pull("pypi:wide==1.0")
+
+
 @pytest.mark.parametrize(
     "member", ["../../evil.gguf", "/tmp/evil.gguf", "a\\..\\evil.gguf", "x/CON.gguf", "x/..gguf"]
 )

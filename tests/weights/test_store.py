@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ayllu.errors import (
@@ -15,9 +16,11 @@ from ayllu.errors import (
     UnknownModelError,
     UsageError,
 )
+from ayllu.weights.gguf_writer import TensorToWrite, write_gguf
 from ayllu.weights.installed import MANIFEST
 from ayllu.weights.sources.base import Limits
 from ayllu.weights.store import Store, pull_with_fallback
+from ayllu.weights.tensors import PlainTensor
 from tests.weights.loopback import loopback
 from tests.weights.small_models import catalogue_of, entry_text, gguf_bytes, sha256
 from tests.weights.test_sources_names import HOSTILE_NAMES, PICKLES
@@ -279,3 +282,85 @@ def test_nothing_is_written_outside_the_store(server, store, tmp_path):
     before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(store.root)}
     store.pull("my-model")
     assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(store.root)} == before
+
+
+def test_a_folder_that_no_pull_made_is_neither_listed_nor_removed_nor_replaced(store):
+    thesis = store.root / "my-model" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    assert store.list() == [] and store.damaged() == []
+    with pytest.raises(UnknownModelError, match="No model called"):
+        store.remove("my-model")
+    with pytest.raises(UsageError, match="in the way"):
+        store.pull("my-model")
+    (store.root / ".partial" / "my-model").mkdir(exist_ok=True)
+    store.remove("my-model")
+    assert thesis.read_text() == "years of work"
+    assert not (store.root / ".partial" / "my-model").exists()
+
+
+@pytest.mark.parametrize("text", ["~nosuchuser/m", "file:~nosuchuser/m", "x" * 300, "./" + "x" * 300, "a\0b"])
+def test_text_that_is_no_path_is_a_usage_error(store, text):
+    for ask in (store.find, store.pull, store.ensure):
+        with pytest.raises(UsageError):
+            ask(text)
+
+
+def test_a_store_under_an_unknown_user_is_a_usage_error():
+    with pytest.raises(UsageError, match="not a usable path"):
+        Store(Path("~nosuchuser/store"))
+
+
+def test_ensure_pulls_sources_too(store, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.base)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    server.serve_repository("org/name", {"m.gguf": DATA})
+    model = store.ensure("hf:org/name/m.gguf")
+    assert model.source == "hf:org/name/m.gguf" and store.ensure("hf:org/name/m.gguf") == model
+
+
+def test_a_source_that_fails_has_no_fallback(store):
+    with pytest.raises(SourceError):
+        pull_with_fallback(store, "pypi:no-such-package-of-ayllu==0.0.1")
+
+
+def test_the_settings_open_their_store(tmp_path):
+    from ayllu.settings import load_settings
+    from ayllu.weights.store import open_store
+
+    opened = open_store(load_settings({"store": tmp_path, "timeout_s": 7.0}, {"AYLLU_CONFIG": ""}))
+    assert (opened.root, opened.limits.stall_s) == (tmp_path, 7.0)
+
+
+def test_the_licence_comes_from_the_file_where_nobody_else_tells(store, tmp_path):
+    file = tmp_path / "stated.gguf"
+    metadata = {"general.architecture": "llama", "general.license": "apache-2.0"}
+    write_gguf(file, metadata, [TensorToWrite("t", PlainTensor(np.zeros((2, 32), np.float32)), "F32")])
+    assert store.find(file).licence == "apache-2.0"
+    model = store.pull(f"file:{file}")
+    assert model.recorded_licence == "apache-2.0"
+    (tmp_path / "silent.gguf").write_bytes(DATA)
+    assert store.pull(f"file:{tmp_path / 'silent.gguf'}").licence == "unknown"
+
+
+def test_two_writers_of_one_file_never_share_a_temporary_one(tmp_path, monkeypatch):
+    from ayllu.weights.sources import base
+
+    target, replace = tmp_path / "note.json", Path.replace
+
+    def second_writer_first(self, other):
+        monkeypatch.setattr(Path, "replace", replace)
+        base.write_atomically(target, b"second")
+        return replace(self, other)
+
+    monkeypatch.setattr(Path, "replace", second_writer_first)
+    base.write_atomically(target, b"first")
+    assert target.read_bytes() == b"first"
+
+    def fails(self, other):
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="Permission"):
+        base.write_atomically(target, b"third")
+    assert list(tmp_path.iterdir()) == [target]

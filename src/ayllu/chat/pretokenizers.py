@@ -11,7 +11,8 @@ from typing import Any
 
 from ayllu.errors import UnsupportedError, did_you_mean
 
-_CONTRACTION = r"(?i:'(?:[sdmt]|ll|re|ve))"
+# Spelled as published files spell it, so that a written tokenizer.json is recognised by other programs.
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # One word of the o200k split: capitals then small letters, either part optional but not both; marks and

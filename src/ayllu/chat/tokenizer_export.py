@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from ayllu.chat.bpe_vocabulary import ByteLevelVocabulary
+from ayllu.chat.pretokenizers import PATTERNS
 from ayllu.chat.tokenizer import Tokenizer
 from ayllu.errors import UnsupportedError
 
@@ -22,6 +23,7 @@ def tokenizer_files(tokenizer: Tokenizer, template: str | None = None) -> dict[s
             "Take the original tokenizer files.",
         )
     document = parts.vocabulary.document()
+    _name_known_splits(document)
     flags = {"single_word": False, "normalized": False}
     for special in parts.specials:
         document["model"]["vocab"][special.name] = special.id
@@ -51,3 +53,14 @@ def tokenizer_files(tokenizer: Tokenizer, template: str | None = None) -> dict[s
         "generation_config.json": json.dumps(generation, indent=2) + "\n",
     }
     return files | ({"chat_template.jinja": template} if template else {})
+
+
+def _name_known_splits(document: dict[str, Any]) -> None:
+    """Write GPT-2's split behind single digits as the steps that have names, as published files do."""
+    steps = document["pre_tokenizer"]["pretokenizers"]
+    expressions = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
+    if expressions == list(PATTERNS["smollm"]):
+        document["pre_tokenizer"]["pretokenizers"] = [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        ]

@@ -136,9 +136,9 @@ def _find_or_pull(model: str | None, pull: bool, settings: Settings) -> Installe
     """Where the model's files are. The default model is fetched on first use, as nobody named another."""
     from ayllu.errors import UnknownModelError
     from ayllu.progress import TerminalProgress
-    from ayllu.weights.store import Store, pull_with_fallback
+    from ayllu.weights.store import open_store, pull_with_fallback
 
-    store = Store(settings.store)
+    store = open_store(settings)
     try:
         return store.find(model or settings.default_model)
     except UnknownModelError:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ayllu.errors import UsageError
+from ayllu.errors import ModelFileError, UsageError
 
 if TYPE_CHECKING:
     from ayllu.progress import Progress
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 MAX_TOKENIZER_BYTES = 64 << 20
+MAX_TEMPLATE_BYTES = 1 << 20
 MAX_TOKENIZER_VALUES = 4_000_000
 
 
@@ -79,8 +81,10 @@ def convert(
     Meta's .pth files are read by torch's restricted loader and only here; everything else in ayllu opens
     safetensors and GGUF alone. Tokenizer files beside SOURCE come along.
     """
+    from ayllu.paths import expanded
     from ayllu.progress import TerminalProgress
 
+    source, target = expanded(source), expanded(target)
     wanted = to or (Target.gguf if target.suffix == ".gguf" else Target.safetensors)
     quantised = numbers in (Numbers.Q8_0, Numbers.Q4_0, Numbers.Q4_1)
     if wanted is Target.safetensors and (quantised or target.suffix == ".gguf"):
@@ -92,6 +96,8 @@ def convert(
         raise UsageError(
             f"{target} is a folder, and a GGUF is one file.", f"Write to {target / 'model.gguf'}."
         )
+    if not math.isfinite(shard_size):
+        raise UsageError(f"--shard-size {shard_size} is not a size.", "Give a number of gigabytes.")
     if target.exists() and not force and (target.is_file() or any(target.iterdir())):
         raise UsageError(f"{target} exists already.", "Choose another target, or replace it with --force.")
     checkpoint = _open(source, context)
@@ -115,9 +121,9 @@ def _open(source: Path, context: int | None) -> Checkpoint:
         raise UsageError("--context is for Meta's folders.", "Leave it out: other formats state it.")
     if not source.exists():
         from ayllu.settings import load_settings
-        from ayllu.weights.store import Store
+        from ayllu.weights.store import open_store
 
-        source = Store(load_settings().store).find(str(source)).path
+        source = open_store(load_settings()).find(str(source)).path
     return open_checkpoint(source)
 
 
@@ -147,15 +153,40 @@ def _to_folder(
     )
     _say_written(target)
     if not any((target / name).exists() for name in TOKENIZER_FILES):
-        reason = " A vocabulary inside a GGUF is not exported." if checkpoint.format == "gguf" else ""
-        typer.echo(f"No tokenizer was written.{reason} Put the model's tokenizer.json there before chatting.")
+        _write_vocabulary(checkpoint, target)
+
+
+def _write_vocabulary(checkpoint: Checkpoint, target: Path) -> None:
+    """Put the vocabulary of a GGUF beside the weights; say so where there is none to put."""
+    from ayllu.chat.tokenizer import tokenizer_from_gguf
+    from ayllu.chat.tokenizer_export import tokenizer_files
+    from ayllu.errors import AylluError
+
+    reason = ""
+    if checkpoint.format == "gguf":
+        template = checkpoint.metadata.get("tokenizer.chat_template")
+        try:
+            tokenizer = tokenizer_from_gguf(checkpoint.metadata, checkpoint.path)
+            files = tokenizer_files(tokenizer, template if isinstance(template, str) else None)
+        except AylluError as error:
+            reason = f" {error.problem}"
+        else:
+            for name, text in files.items():
+                (target / name).write_text(text, encoding="utf-8")
+            return
+    typer.echo(f"No tokenizer was written.{reason} Put the model's tokenizer.json there before chatting.")
 
 
 def _to_gguf(checkpoint: Checkpoint, target: Path, numbers: Numbers | None, progress: Progress) -> None:
     from ayllu.weights.gguf_export import save_gguf
+    from ayllu.weights.safetensors_writer import write_failure
 
     vocabulary = _vocabulary(checkpoint) if checkpoint.path.is_dir() else None
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _require_gguf_target(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_failure(target, error) from error
     saved = save_gguf(
         checkpoint,
         target,
@@ -166,6 +197,29 @@ def _to_gguf(checkpoint: Checkpoint, target: Path, numbers: Numbers | None, prog
     for note in saved.notes:
         typer.echo(note)
     _say_written(target)
+
+
+def _require_gguf_target(target: Path) -> None:
+    """--force replaces a GGUF, not whatever else a mistyped name may stand for."""
+    if not target.exists():
+        return
+    start = b""
+    if target.is_file():
+        with target.open("rb") as file:
+            start = file.read(4)
+    if start != b"GGUF":
+        raise UsageError(f"{target} exists already, and is not a GGUF.", "Choose another target.")
+
+
+def _template(file: Path) -> str:
+    with file.open("rb") as opened:
+        data = opened.read(MAX_TEMPLATE_BYTES + 1)
+    if len(data) > MAX_TEMPLATE_BYTES:
+        raise ModelFileError(file, "is too large", expected=f"at most {MAX_TEMPLATE_BYTES} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelFileError(file, "is not UTF-8 text", offset=error.start) from error
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -190,7 +244,7 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, Any]:
         read("tokenizer_config.json"),
         vocab_size=checkpoint.config.vocab_size,
         architecture=checkpoint.config.architecture,
-        chat_template=template.read_text("utf-8") if template else None,
+        chat_template=_template(template) if template else None,
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
     from ayllu.weights.catalogue import Entry
     from ayllu.weights.store import InstalledModel, Store
@@ -46,7 +46,8 @@ def pull(
     from ayllu.weights.sources.base import gigabytes
 
     try:
-        installed = _open_store(store).pull(model, TerminalProgress(0), name)
+        opened = _open_store(store)
+        installed = opened.pull(model, TerminalProgress(0), name)
     except KeyboardInterrupt:
         Console(stderr=True, soft_wrap=True).print(
             f"Stopped. The next `ayllu pull {model}` continues where this one stopped.",
@@ -55,7 +56,8 @@ def pull(
         )
         raise typer.Exit(EXIT_INTERRUPTED) from None
     lines = [
-        f"{installed.name}: {gigabytes(installed.size_bytes)}, SHA-256 verified, from {installed.source}",
+        f"{installed.name}: {gigabytes(installed.size_bytes)}, {_verification(opened, installed)}, "
+        f"from {installed.source}",
         f"Licence: {_licence(installed)}",
         f"Files:   {installed.path}",
         f"Next:    ayllu chat {installed.name}",
@@ -126,11 +128,17 @@ def remove(
 
 def _open_store(folder: Path | None) -> Store:
     from ayllu.settings import load_settings
-    from ayllu.weights.sources.base import Limits
-    from ayllu.weights.store import Store
+    from ayllu.weights.store import open_store
 
-    settings = load_settings({"store": folder})
-    return Store(settings.store, limits=Limits(stall_s=settings.timeout_s))
+    return open_store(load_settings({"store": folder}))
+
+
+def _verification(opened: Store, model: InstalledModel) -> str:
+    """Verified means that somebody promised the hash beforehand: the catalogue, or the hub's listing."""
+    pinned = any(
+        entry.sha256 is not None and entry.sha256 == model.sha256 for entry in opened.catalogue.model
+    )
+    return f"SHA-256 {'verified' if pinned or model.source.startswith('hf:') else 'recorded'}"
 
 
 def _licence(model: InstalledModel) -> str:
@@ -155,44 +163,61 @@ def _as_json(model: InstalledModel) -> dict[str, Any]:
 
 def _print_tables(opened: Store, installed: Sequence[InstalledModel], available: Sequence[Entry]) -> None:
     from rich.console import Console
-    from rich.text import Text
 
     from ayllu.weights.sources.base import gigabytes
 
     console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     if installed:
-        table = _table(f"Installed in {opened.root}", "name", "size", "format", "source")
-        for model in installed:
-            cells: tuple[str, ...] = (model.name, gigabytes(model.size_bytes), model.format, model.source)
-            table.add_row(*(Text(cell) for cell in cells))
-        console.print(table)
+        say(f"Installed in {opened.root}")
+        heading = ("name", "size", "format", "source")
+        rows = [
+            (model.name, gigabytes(model.size_bytes), model.format, _short_source(model.source))
+            for model in installed
+        ]
+        _print_rows(console, heading, rows)
     else:
-        console.print(f"No model is installed in {opened.root} yet.", highlight=False, markup=False)
+        say(f"No model is installed in {opened.root} yet.")
     for name in opened.damaged():
-        console.print(
-            f"{name} is damaged: ayllu remove {name}, then pull it again.", highlight=False, markup=False
-        )
+        say(f"{name} is damaged: ayllu remove {name}, then pull it again.")
     if available:
-        table = _table("\nReady to pull: ayllu pull NAME", "name", "size", "licence", "what it is")
-        for entry in available:
-            about = f"{entry.summary} Gated." if entry.gated else entry.summary
-            cells = (entry.name, gigabytes(entry.size_bytes), entry.licence, about)
-            table.add_row(*(Text(cell) for cell in cells))
-        console.print(table)
+        say("\nReady to pull: ayllu pull NAME")
+        offers = [(entry.name, gigabytes(entry.size_bytes), entry.licence) for entry in available]
+        about = [f"{entry.summary} Gated." if entry.gated else entry.summary for entry in available]
+        _print_rows(console, ("name", "size", "licence"), offers, about)
         if any(entry.gated for entry in available):
-            console.print(
-                "Gated: accept the licence on the hub and set HF_TOKEN first.", highlight=False, markup=False
-            )
+            say("Gated: accept the licence on the hub and set HF_TOKEN first.")
 
 
-def _table(title: str, *headings: str) -> Table:
-    from rich.table import Table
+def _short_source(source: str) -> str:
+    """`hf:org/name` or `pypi:package` without revision, file and version; anything else as it is."""
+    scheme, _, rest = source.partition(":")
+    if scheme == "hf":
+        return "hf:" + "/".join(rest.split("/")[:2]).partition("@")[0]
+    return source.partition("==")[0] if scheme == "pypi" else source
+
+
+def _print_rows(
+    console: Console, heading: Sequence[str], rows: Sequence[Sequence[str]], about: Sequence[str] = ()
+) -> None:
+    """Rows in columns, the second one flush right, each with its line of `about` below it. A row is one line:
+    what does not fit into the terminal is cut, since wrapped cells of several columns cannot be read."""
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in headings:
-        fixed = heading in ("name", "size", "format")
-        table.add_column(
-            heading, justify="right" if heading == "size" else "left", no_wrap=fixed, overflow="fold"
-        )
-    return table
+    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
+
+    def line(cells: Sequence[str], style: str = "") -> None:
+        padded = [
+            cell.rjust(width) if place == 1 else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        console.print(Text("  ".join(padded).rstrip(), style), no_wrap=True, overflow="ellipsis")
+
+    line(heading, "bold")
+    for place, row in enumerate(rows):
+        line(row)
+        if about:
+            console.print(Text(f"  {about[place]}", "dim"), no_wrap=True, overflow="ellipsis")

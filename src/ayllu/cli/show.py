@@ -48,9 +48,9 @@ def _model_facts(model: str) -> dict[str, Any]:
     from ayllu.settings import load_settings
     from ayllu.weights.checkpoint import open_checkpoint
     from ayllu.weights.hf_config import config_notes
-    from ayllu.weights.store import Store
+    from ayllu.weights.store import open_store
 
-    installed = Store(load_settings().store).find(model)
+    installed = open_store(load_settings()).find(model)
     checkpoint = open_checkpoint(installed.path)
     return {
         "name": installed.name,

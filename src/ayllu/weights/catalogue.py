@@ -146,8 +146,3 @@ def builtin_catalogue() -> Catalogue:
     """The catalogue shipped with this package."""
     text = resources.files("ayllu.weights").joinpath("catalogue.toml").read_text(encoding="utf-8")
     return parse_catalogue(text, "the built-in catalogue")
-
-
-def fallbacks(name: str) -> list[Entry]:
-    """`Catalogue.fallbacks` of the shipped catalogue."""
-    return builtin_catalogue().fallbacks(name)

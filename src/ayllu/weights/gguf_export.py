@@ -17,7 +17,7 @@ from ayllu.errors import UnsupportedError, did_you_mean
 from ayllu.model.config import ModelConfig
 from ayllu.progress import SILENT, Progress
 from ayllu.weights.checkpoint import Checkpoint
-from ayllu.weights.gguf_blocks import BLOCK_TYPE_NAMED, WRITABLE_TYPES, QuantisedTensor
+from ayllu.weights.gguf_blocks import BLOCK_TYPE_NAMED, READABLE_TYPES, WRITABLE_TYPES, QuantisedTensor
 from ayllu.weights.gguf_config import ROPE_FACTORS, ROPE_LAYOUT, metadata_from_config, rope_divisors
 from ayllu.weights.gguf_writer import TensorToWrite, write_gguf
 from ayllu.weights.names import gguf_names
@@ -108,7 +108,7 @@ def _encoding_for(name: str, source: StoredTensor, wanted: str | None, notes: li
     if len(source.shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return "F32"
     if wanted is None:
-        if source.encoding in BLOCK_TYPE_NAMED:
+        if source.encoding in READABLE_TYPES:
             return source.encoding
         wanted = "BF16"
         notes.append(f"{name} is written as BF16: GGUF has no {source.encoding}.")

@@ -6,7 +6,6 @@ passed on byte for byte; others are decoded and encoded in pieces, so memory nev
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import shutil
@@ -31,6 +30,7 @@ from ayllu.weights.gguf import (
     VERSIONS,
 )
 from ayllu.weights.gguf_blocks import BLOCK_TYPE_NAMED, PLAIN_TYPES, BlockType, QuantisedTensor, encode_blocks
+from ayllu.weights.safetensors_writer import write_failure
 from ayllu.weights.tensors import PLAIN_ENCODINGS, Array, Floats, PlainTensor, StoredTensor
 
 PIECE_ELEMENTS = 1 << 20
@@ -73,12 +73,16 @@ def write_gguf(
     """Write a GGUF version 3 file and return its size in bytes. An existing file is replaced at the end.
 
     Metadata values: bool, str, int (UINT32 where it fits), float (FLOAT32), lists of str, numpy scalars and
-    arrays (in their own type). Raises UnsupportedError for what the formats cannot hold, NoSpaceError.
+    arrays (in their own type). Raises UnsupportedError for what the formats cannot hold, NoSpaceError, and
+    UsageError when `path` cannot be written.
     """
     _check(tensors)
     header = _header(metadata, tensors)
     total = len(header) + sum(_padded(tensor.nbytes) for tensor in tensors)
-    free = shutil.disk_usage(path.parent).free
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError as error:
+        raise write_failure(path, error) from error
     if total > free:
         raise NoSpaceError(
             f"{path} needs {total / 1e9:.2f} GB, {free / 1e9:.2f} GB is free.",
@@ -224,8 +228,6 @@ def _appearing_whole(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(f"The disk became full while writing {path}.", "Free some space.") from error
-        raise
+        raise write_failure(path, error) from error
     finally:
         partial.unlink(missing_ok=True)

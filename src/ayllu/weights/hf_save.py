@@ -6,6 +6,7 @@ quantised ones decoded. Tensors that are kept in their encoding keep their bits.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -16,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from ayllu.errors import UnsupportedError, UsageError
-from ayllu.folder_files import companions
+from ayllu.errors import UnsupportedError, UsageError, clip
+from ayllu.folder_files import COMPANIONS, companions
 from ayllu.json_file import read_json_object
 from ayllu.model.config import ModelConfig
 from ayllu.model.parameters import parameter_shapes
 from ayllu.progress import SILENT, Progress
 from ayllu.weights.checkpoint import Checkpoint
+from ayllu.weights.file_kinds import is_model_file
 from ayllu.weights.hf_config_writer import hugging_face_config, rope_layout_of
 from ayllu.weights.names import NameMap, hugging_face_names
 from ayllu.weights.rope_layout import permute_rope_rows
@@ -61,14 +63,15 @@ def save_folder(
     encoding: BF16, F16 or F32 for every tensor; None keeps plain floats as they are and stores quantised
     ones as F16 (scaled FP8 as BF16). unfused: one entry per expert. Tokenizer files of the source come along.
 
-    Raises UsageError if `path` is in the way, UnsupportedError for what the format cannot say, NoSpaceError.
+    Raises UsageError if `path` is in the way (see `require_target`), UnsupportedError for what the
+    format cannot say, NoSpaceError.
     """
     if encoding is not None and encoding not in TARGETS:
         raise UsageError(
             f"{encoding} is not an encoding for safetensors.", f"Use one of {', '.join(TARGETS)}."
         )
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise UsageError(f"{path} exists already.", "Choose another target, or overwrite it with --force.")
+    path = path.resolve()
+    require_target(path, checkpoint.path, overwrite=overwrite)
     tensors = _Outgoing(checkpoint, encoding, unfused).tensors()
     stored = Counter[str]()
     for tensor in tensors:
@@ -92,6 +95,39 @@ def save_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def require_target(path: Path, source: Path, *, overwrite: bool) -> None:
+    """Raise UsageError unless a model folder may be written to `path`, whose old content would be deleted.
+
+    Even with `overwrite` only an empty folder or what is plainly a model may be replaced: config.json among
+    plain files of the kinds that models consist of. Never a folder that holds or is `source`.
+    """
+    path, source = path.resolve(), source.resolve()
+    if source.is_relative_to(path):
+        raise UsageError(f"The target {path} is or holds the source.", "Choose another target.")
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UsageError(f"{path} exists already, and is not a folder.", "Choose another target.")
+    inside = sorted(path.iterdir())
+    if not inside:
+        return
+    if not overwrite:
+        raise UsageError(f"{path} exists already.", "Choose another target, or overwrite it with --force.")
+    foreign = [item.name for item in inside if not _belongs_to_a_model(item)]
+    if foreign or not (path / "config.json").is_file():
+        holds = f"it holds {clip(foreign[0], 60)}" if foreign else "it has no config.json"
+        raise UsageError(
+            f"{path} exists already and is not only a model: {holds}.",
+            "Choose another target: --force replaces nothing but models.",
+        )
+
+
+def _belongs_to_a_model(item: Path) -> bool:
+    if item.is_symlink() or not item.is_file():
+        return False
+    return is_model_file(item.name) or item.name in COMPANIONS or item.name == "README.md"
+
+
 def _publish(partial: Path, path: Path) -> None:
     """Give the finished folder its name; what stood there is removed only once the new one is in place."""
     if not path.exists():
@@ -99,11 +135,12 @@ def _publish(partial: Path, path: Path) -> None:
         return
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     path.replace(old)
-    partial.replace(path)
-    if old.is_dir():
-        shutil.rmtree(old)
-    else:
-        old.unlink()
+    try:
+        partial.replace(path)
+    except OSError:
+        old.replace(path)
+        raise
+    shutil.rmtree(old)
 
 
 def token_ids(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -221,8 +258,11 @@ class _Outgoing:
                 f"{stem}.{expert}.{kind}.weight",
                 target,
                 tensor.shape[1:],
-                lambda expert=expert: [self._matrix(tensor, expert, target)],  # type: ignore[misc]
+                functools.partial(self._one_matrix, tensor, expert, target),
             )
+
+    def _one_matrix(self, tensor: StoredTensor, expert: int, target: str) -> list[Array]:
+        return [self._matrix(tensor, expert, target)]
 
 
 def _rows_per_block(tensor: StoredTensor) -> int:

@@ -16,6 +16,7 @@ from ayllu.folder_files import member_path
 from ayllu.json_file import read_json_object
 from ayllu.model.config import ExpertsConfig, ModelConfig
 from ayllu.weights.checkpoint import Checkpoint
+from ayllu.weights.file_kinds import PICKLE_SUFFIXES
 from ayllu.weights.hf_config import config_from_hugging_face, read_config
 from ayllu.weights.hf_save import save_folder
 from ayllu.weights.names import hugging_face_names
@@ -30,7 +31,6 @@ MAX_INDEX_BYTES = 32 << 20
 MAX_SHARDS = 4096
 BLOCK_BYTES = 8 << 20
 FLOATS = ("F64", "F32", "F16", "BF16")
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".h5", ".keras", ".joblib")
 
 _LEFTOVER = re.compile(
     r"rotary_emb\.inv_freq\Z|rotary_embedding\.|_gate_stats_3E\Z|expert_activation_DE\Z|_extra_state\Z"
@@ -68,7 +68,7 @@ def _tensor_files(folder: Path) -> dict[str, SafetensorsFile]:
     names = sorted(file.name for file in folder.glob("*.safetensors"))
     if names:
         return _collect(folder, names)
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICKLES)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICKLE_SUFFIXES)
     if pickles:
         raise UnsupportedError(
             f"{folder} holds its weights only as {clip(pickles[0], 60)}, a format that can run code.",

@@ -7,16 +7,18 @@ as anything from outside: its names and digests pass the same checks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from ayllu.errors import ModelFileError, UnsupportedError, UsageError
+from ayllu.errors import ModelFileError, UnsupportedError, UsageError, clip, one_line
 from ayllu.weights.sources.files import local_model_files
 from ayllu.weights.sources.safe_names import refuse_unless_model_file, safe_digest, safe_model_name
 
 MANIFEST = "ayllu-model.json"
+UNKNOWN_LICENCE = "unknown"
 MOST_MANIFEST_BYTES = 4 << 20
 Format = Literal["gguf", "safetensors"]
 
@@ -54,9 +56,16 @@ class InstalledModel:
     format: Format
     files: tuple[StoredFile, ...]
     source: str
-    licence: str = "unknown"
+    recorded_licence: str = UNKNOWN_LICENCE
     notice: str = ""
     pulled_at: str = ""
+
+    @cached_property
+    def licence(self) -> str:
+        """The licence on record, else what the file itself states (its header is read then), or "unknown"."""
+        return (
+            stated_licence(self.path) if self.recorded_licence == UNKNOWN_LICENCE else self.recorded_licence
+        )
 
     @property
     def size_bytes(self) -> int:
@@ -95,6 +104,7 @@ def read_installed(folder: Path) -> InstalledModel:
 
 
 def installed(manifest: Manifest, folder: Path) -> InstalledModel:
+    """The model that `manifest` describes, with its files in `folder`. The files are not looked at."""
     gguf = [file for file in manifest.files if file.name.lower().endswith(".gguf")]
     is_gguf = len(gguf) == 1
     return InstalledModel(
@@ -103,7 +113,7 @@ def installed(manifest: Manifest, folder: Path) -> InstalledModel:
         format="gguf" if is_gguf else "safetensors",
         files=(*gguf, *(file for file in manifest.files if file not in gguf)),
         source=manifest.source,
-        licence=manifest.licence,
+        recorded_licence=manifest.licence,
         notice=manifest.notice,
         pulled_at=manifest.pulled_at,
     )
@@ -120,3 +130,16 @@ def in_place(path: Path) -> InstalledModel:
         files=files,
         source=f"file:{path.absolute()}",
     )
+
+
+def stated_licence(path: Path) -> str:
+    """The licence that a GGUF states of itself (`general.license`); "unknown" for any other file or none."""
+    from ayllu.weights.gguf import read_gguf
+
+    if path.suffix.lower() != ".gguf":
+        return UNKNOWN_LICENCE
+    try:
+        stated = read_gguf(path).metadata.get("general.license")
+    except (ModelFileError, UnsupportedError):
+        return UNKNOWN_LICENCE
+    return one_line(clip(stated, 80)) if isinstance(stated, str) and stated.strip() else UNKNOWN_LICENCE

@@ -31,7 +31,7 @@ from ayllu.weights.safetensors_writer import write_failure
 from ayllu.weights.tensors import Array, JoinedTensor, PlainTensor, StoredTensor
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 MAX_SHARDS = 64
 _SHARD = re.compile(r"consolidated(?:\.(\d\d))?\.pth")
@@ -117,11 +117,16 @@ def _load(file: Path) -> dict[str, Array]:
     return arrays
 
 
-def _as_array(file: Path, name: str, tensor: torch.Tensor) -> Array:
+def _as_array(file: Path, name: str, tensor: Tensor) -> Array:
     torch = _torch()
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise UnsupportedError(
             f"{file}: {clip(name)} is not a plain tensor.", "Use a full-precision version."
+        )
+    # A tensor may claim strides of zero: a few bytes that read as terabytes.
+    if not tensor.is_contiguous() or tensor.nbytes > file.stat().st_size:
+        raise ModelFileError(
+            file, "a tensor is larger than its bytes in the file", field=clip(name), got=tuple(tensor.shape)
         )
     if tensor.dtype == torch.bfloat16:
         return tensor.detach().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
@@ -309,12 +314,12 @@ def save_meta(checkpoint: Checkpoint, folder: Path, *, shards: int = 1, progress
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _as_torch(array: Array) -> torch.Tensor:
+def _as_torch(array: Array) -> Tensor:
     torch = _torch()
     array = np.array(array, order="C")
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)  # type: ignore[no-any-return]
-    return torch.from_numpy(array)  # type: ignore[no-any-return]
+    is_bfloat16 = array.dtype == ml_dtypes.bfloat16
+    tensor: Tensor = torch.from_numpy(array.view(np.uint16) if is_bfloat16 else array)
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
 
 
 class _Split:

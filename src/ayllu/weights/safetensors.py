@@ -158,10 +158,6 @@ class SafetensorsFile(Mapping[str, PlainTensor]):
     def __len__(self) -> int:
         return len(self._header.index)
 
-    def encoding(self, name: str) -> str:
-        """Encoding of tensor `name` as the file states it."""
-        return self._header.entry(name)[0]
-
 
 class _Header:
     """The parsed header, as columns rather than objects: `index` maps a name to its row."""
@@ -205,8 +201,12 @@ class _Header:
                 self.path, problem, field="data", expected=f"{last} bytes", got=f"{data_bytes} bytes"
             )
 
-    def _fail(self, reason: str, at: int, field: str | None = None, **detail: object) -> NoReturn:
-        raise ModelFileError(self.path, reason, field=field or "header", offset=8 + at, **detail)  # type: ignore[arg-type]
+    def _fail(
+        self, reason: str, at: int, field: str | None = None, *, expected: object = None, got: object = None
+    ) -> NoReturn:
+        raise ModelFileError(
+            self.path, reason, field=field or "header", offset=8 + at, expected=expected, got=got
+        )
 
     def _parse(self) -> None:
         if len(self._buffer) == 0 or self._buffer[0] != ord("{"):

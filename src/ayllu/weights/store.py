@@ -25,22 +25,26 @@ from ayllu.errors import (
     UsageError,
     did_you_mean,
 )
+from ayllu.paths import expanded
 from ayllu.progress import SILENT, Progress
+from ayllu.settings import Settings
 from ayllu.weights.catalogue import Catalogue, Entry, builtin_catalogue
 from ayllu.weights.installed import (
     MANIFEST,
+    UNKNOWN_LICENCE,
     InstalledModel,
     Manifest,
     StoredFile,
     in_place,
     read_installed,
+    stated_licence,
 )
 from ayllu.weights.sources import FORMS, Source, base, looks_like_path, parse_source
 from ayllu.weights.sources.base import Fetched, Intake, Limits, Order, Pinned
 from ayllu.weights.sources.files import take_in
 from ayllu.weights.sources.safe_names import MODEL_NAME, refuse_unless_model_file, safe_model_name
 
-__all__ = ["InstalledModel", "Store", "StoredFile", "pull_with_fallback"]
+__all__ = ["InstalledModel", "Store", "StoredFile", "open_store", "pull_with_fallback"]
 
 NOTICE = "NOTICE.txt"
 
@@ -56,7 +60,7 @@ class Store:
         limits: Limits | None = None,
         lock_wait_s: float = 3600.0,
     ) -> None:
-        self.root = root.expanduser().absolute()
+        self.root = expanded(root).absolute()
         self.catalogue = catalogue or builtin_catalogue()
         self.limits = limits or Limits()
         self._lock_wait_s = lock_wait_s
@@ -76,12 +80,16 @@ class Store:
         Raises UnknownModelError naming the command that would fetch it, ModelFileError for a damaged one.
         """
         text = str(name_or_path)
-        if MODEL_NAME.fullmatch(text) and (self.root / text).is_dir():
+        if MODEL_NAME.fullmatch(text) and self._is_ours(text):
             return self._read(text)
         if text.startswith(("hf:", "pypi:")):
             return self._find_by_source(text)
-        path = Path(text.removeprefix("file:")).expanduser()
-        if isinstance(name_or_path, Path) or looks_like_path(text) or (path / "config.json").is_file():
+        path = expanded(text.removeprefix("file:"))
+        if (
+            isinstance(name_or_path, Path)
+            or looks_like_path(text)
+            or expanded(path / "config.json").is_file()
+        ):
             return in_place(path)
         if self.catalogue.get(text):
             raise UnknownModelError(f"{text} is not on this machine yet.", f"Fetch it: ayllu pull {text}")
@@ -98,10 +106,11 @@ class Store:
         raise UnknownModelError(f"{text} is not on this machine yet.", f"Fetch it: ayllu pull {text}")
 
     def ensure(self, name: str, progress: Progress = SILENT) -> InstalledModel:
-        """The installed model of that name, pulled first when it is in the catalogue and not yet here."""
-        if self.catalogue.get(name) and not (self.root / name).is_dir():
+        """The installed model of that name, path or source, pulled first when it is not yet here."""
+        try:
+            return self.find(name)
+        except UnknownModelError:
             return self.pull(name, progress)
-        return self.find(name)
 
     def pull(
         self, source_or_name: str, progress: Progress = SILENT, name: str | None = None
@@ -128,9 +137,7 @@ class Store:
 
     def require_removable(self, name: str) -> None:
         """Raise UnknownModelError unless there is something of that name to remove."""
-        if not MODEL_NAME.fullmatch(name) or not (
-            (self.root / name).is_dir() or self._partial(name).is_dir()
-        ):
+        if not MODEL_NAME.fullmatch(name) or not (self._is_ours(name) or self._partial(name).is_dir()):
             known = self._folders()
             raise UnknownModelError(
                 f"No model called {name!r} is installed.{did_you_mean(name, known)}",
@@ -142,7 +149,8 @@ class Store:
         self.require_removable(name)
         with self._locked(name):
             model = self._readable(name)
-            self._discard(self.root / name)
+            if self._is_ours(name):
+                self._discard(self.root / name)
             shutil.rmtree(self._partial(name), ignore_errors=True)
         return model
 
@@ -158,6 +166,11 @@ class Store:
                 raise UsageError(
                     f"{name} is already installed from {present.source}.",
                     f"Choose another name with --name, or first: ayllu remove {name}",
+                )
+            if os.path.lexists(self.root / name) and not self._is_ours(name):
+                raise UsageError(
+                    f"{self.root / name} is in the way, and is not a model that was pulled.",
+                    "Choose another name with --name, or move it away.",
                 )
             assembled = self._assembled(name)
             if assembled is not None and _is_what_was_asked(assembled, sources, entry):
@@ -206,7 +219,7 @@ class Store:
         manifest = Manifest(
             name=name,
             source=source.text,
-            licence=entry.licence if entry else "unknown",
+            licence=entry.licence if entry else _licence(files),
             notice=entry.notice if entry else "",
             pulled_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             files=tuple(
@@ -261,8 +274,15 @@ class Store:
         if not self.root.is_dir():
             return []
         return sorted(
-            item.name for item in self.root.iterdir() if item.is_dir() and MODEL_NAME.fullmatch(item.name)
+            item.name
+            for item in self.root.iterdir()
+            if MODEL_NAME.fullmatch(item.name) and self._is_ours(item.name)
         )
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether the folder of that name was put here by a pull. Every model appears with its manifest, so a
+        folder without one is somebody's own, and is never deleted."""
+        return (self.root / name / MANIFEST).is_file()
 
     def _partial(self, name: str) -> Path:
         return self.root / ".partial" / safe_model_name(name)
@@ -298,6 +318,11 @@ class Store:
             lock.release()
 
 
+def open_store(settings: Settings) -> Store:
+    """The store that `settings` name, as patient with sources as they say."""
+    return Store(settings.store, limits=Limits(stall_s=settings.timeout_s))
+
+
 def pull_with_fallback(
     store: Store, name: str, progress: Progress = SILENT
 ) -> tuple[InstalledModel, list[str]]:
@@ -310,6 +335,8 @@ def pull_with_fallback(
     try:
         return store.ensure(name, progress), messages
     except (SourceError, IntegrityError) as error:
+        if store.catalogue.get(name) is None:
+            raise
         first = error
     messages.append(f"Every source of {name} is gone. {first.problem}")
     for entry in store.catalogue.fallbacks(name):
@@ -329,6 +356,13 @@ def _is_what_was_asked(present: InstalledModel, sources: Sequence[Source], entry
     if entry is not None and entry.sha256 is not None:
         return present.sha256 == entry.sha256
     return present.source in {source.text for source in sources}
+
+
+def _licence(files: Sequence[Fetched]) -> str:
+    """What the source says of the licence, else what the file itself does."""
+    stated = next((file.licence for file in files if file.licence is not None), None)
+    ggufs = [file for file in files if file.name.lower().endswith(".gguf")]
+    return stated or (stated_licence(ggufs[0].path) if len(ggufs) == 1 else UNKNOWN_LICENCE)
 
 
 def _flush_to_disk(path: Path) -> None:

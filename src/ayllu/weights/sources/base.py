@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,13 +70,14 @@ class Intake(Enum):
 
 @dataclass(frozen=True)
 class Fetched:
-    """One verified file, and how the store takes it in."""
+    """One verified file, and how the store takes it in. `licence` is what its source says of the model's."""
 
     name: str
     path: Path
     size_bytes: int
     sha256: str
     intake: Intake = Intake.MOVE
+    licence: str | None = None
 
 
 class Source(Protocol):
@@ -148,9 +150,12 @@ def gigabytes(count: int) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds either its old content or all of the new."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

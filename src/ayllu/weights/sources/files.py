@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ayllu.errors import IntegrityError, ModelFileError, UnknownModelError
+from ayllu.folder_files import member_path
+from ayllu.weights.file_kinds import is_model_file, is_pickle
 from ayllu.weights.sources import base
 from ayllu.weights.sources.base import Fetched, Intake, Order
-from ayllu.weights.sources.safe_names import is_model_file, is_pickle, model_name_from, safe_name
+from ayllu.weights.sources.safe_names import model_name_from, safe_name
 
 GGUF_MAGIC = b"GGUF"
 
@@ -57,7 +59,8 @@ class FileSource:
 def local_model_files(path: Path) -> list[Path]:
     """The files that make up the model at `path`: the GGUF itself, or a folder's safetensors and companions.
 
-    Raises UnknownModelError when nothing is there, ModelFileError when it is not a model ayllu opens.
+    Raises UnknownModelError when nothing is there, ModelFileError when it is not a model ayllu opens, or when
+    a file of the folder is a link out of it.
     """
     if not path.exists():
         raise UnknownModelError(
@@ -83,7 +86,11 @@ def local_model_files(path: Path) -> list[Path]:
         raise ModelFileError(
             path, f"no model in this folder{found}", fix="It needs config.json and *.safetensors files."
         )
-    return [item for item in inside if is_model_file(item.name) and not is_pickle(item.name)]
+    return [
+        member_path(path, item.name)
+        for item in inside
+        if is_model_file(item.name) and not is_pickle(item.name)
+    ]
 
 
 def take_in(file: Fetched, target: Path) -> None:

@@ -17,7 +17,7 @@ from typing import cast
 import httpx2
 
 from ayllu import __version__
-from ayllu.errors import AylluError, IntegrityError, SourceError, UsageError, clip
+from ayllu.errors import AylluError, IntegrityError, SourceError, UsageError, clip, one_line
 from ayllu.weights.sources import base
 from ayllu.weights.sources.base import Fetched, Intake, Limits, Order
 from ayllu.weights.sources.hub_cache import HubCache, HubFile
@@ -78,12 +78,12 @@ class HubSource:
         _quiet_library()
         cache = HubCache.of_environment(self.repository)
         try:
-            commit, files = self._ask_hub(order)
+            commit, files, licence = self._ask_hub(order)
         except SourceError:
             cached = cache.offline(self.revision, self.file)
             if cached is None:
                 raise
-            commit, files = cached
+            (commit, files), licence = cached, None
         _refuse_other_bytes(files, order)
         with order.progress.task(order.label, sum(file.size_bytes for file in files)) as task:
             digests = {file.name: cache.digest_of(file) for file in files}
@@ -103,18 +103,21 @@ class HubSource:
             assert digest is not None, file.name
             cache.point(commit, file)
             fetched.append(
-                Fetched(file.name, cache.blob(file), file.size_bytes, digest, Intake.LINK_OR_POINT)
+                Fetched(file.name, cache.blob(file), file.size_bytes, digest, Intake.LINK_OR_POINT, licence)
             )
         cache.note_revision(self.revision, commit)
         return fetched
 
-    def _ask_hub(self, order: Order) -> tuple[str, list[HubFile]]:
-        """The commit this revision stands for, and the files that make up the model, with size and digest."""
+    def _ask_hub(self, order: Order) -> tuple[str, list[HubFile], str | None]:
+        """The commit this revision stands for, the files that make up the model, with size and digest, and
+        the licence that the model's card states."""
         from huggingface_hub import HfApi
 
         endpoint = hub_endpoint()
         if endpoint in order.unreachable:
             raise SourceError(order.unreachable[endpoint], "Check the network, then pull again.")
+        with web_client(order.limits):
+            pass  # names an unusable proxy or certificate, where the hub library would just fail
         with _typed_errors(self.text, endpoint, order.unreachable):
             info = HfApi(endpoint=endpoint).model_info(
                 self.repository, revision=self.revision, files_metadata=True, timeout=_patience(order.limits)
@@ -133,7 +136,7 @@ class HubSource:
                 if digest is None or size is None:
                     digest, size = self._ask_for_file(name, commit, endpoint, order.limits)
                 files.append(_hub_file(name, digest, size, endpoint))
-        return commit, files
+            return commit, files, _card_licence(info.card_data)
 
     def _ask_for_file(
         self, name: str, commit: str, endpoint: str, limits: Limits
@@ -158,6 +161,14 @@ class HubSource:
             git_blob=None if is_sha256 else file.digest,
             headers=_headers(),
         )
+
+
+def _card_licence(card: object) -> str | None:
+    """The licence a model's card states: its identifier, or the name of one that has none."""
+    stated = getattr(card, "license", None)
+    if stated == "other":
+        stated = getattr(card, "license_name", None) or stated
+    return one_line(clip(stated, 80)) if isinstance(stated, str) and stated.strip() else None
 
 
 def hub_endpoint() -> str:
@@ -239,6 +250,8 @@ def _typed_errors(source: str, endpoint: str, unreachable: dict[str, str]) -> It
         raise SourceError(
             f"{source}: the hub answered with an error: {_first_line(error)}", "Pull again."
         ) from error
+    except OSError as error:
+        raise SourceError(f"{source}: {_first_line(error)}", "Check the network settings.") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         # The library reads the listing without checking it, so a malformed one surfaces as any of these.
         raise SourceError(

@@ -8,14 +8,17 @@ without asking anyone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ayllu.errors import AylluError
+from ayllu.errors import AylluError, SourceError, UsageError
+from ayllu.paths import expanded
 from ayllu.weights.sources import base
 from ayllu.weights.sources.hub_choice import choose_files
 from ayllu.weights.sources.safe_names import SHA1, SHA256, safe_name
@@ -40,18 +43,39 @@ class HubCache:
 
     @classmethod
     def of_environment(cls, repository: str) -> HubCache:
-        """The cache where HF_HUB_CACHE or HF_HOME put it now, else where the library does."""
+        """The cache where HF_HUB_CACHE or HF_HOME put it now, else where the library does.
+
+        Raises SourceError when those name no usable path.
+        """
         from huggingface_hub import constants
 
         home = os.environ.get("HF_HOME")
         root = os.environ.get("HF_HUB_CACHE") or (str(Path(home) / "hub") if home else constants.HF_HUB_CACHE)
-        return cls(Path(root).expanduser() / f"models--{repository.replace('/', '--')}")
+        try:
+            return cls(expanded(root) / f"models--{repository.replace('/', '--')}")
+        except UsageError as error:
+            raise SourceError(error.problem, "Correct HF_HUB_CACHE or HF_HOME.") from error
 
     def make_folder(self) -> Path:
         """The folder of the blobs, made if it was not there."""
         blobs = self.folder / "blobs"
-        blobs.mkdir(parents=True, exist_ok=True)
+        with self._writing():
+            blobs.mkdir(parents=True, exist_ok=True)
         return blobs
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say plainly when the cache refuses: another source, which does not need it, may deliver."""
+        with base.full_disk_is_typed(self.folder):
+            try:
+                yield
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise SourceError(
+                    f"The hub cache {self.folder} cannot be written: {error.strerror or error}.",
+                    "Set HF_HUB_CACHE to a folder of yours.",
+                ) from error
 
     def blob(self, file: HubFile) -> Path:
         """Where the bytes of `file` lie, or will."""
@@ -75,12 +99,12 @@ class HubCache:
             verified.replace(blob)
         except OSError:  # the cache is on another disk
             beside = blob.with_name(f"{file.digest}.{uuid.uuid4().hex}.incomplete")
-            try:
-                with base.full_disk_is_typed(blob.parent):
+            with self._writing():
+                try:
                     shutil.copyfile(verified, beside)
-                beside.replace(blob)
-            finally:
-                beside.unlink(missing_ok=True)
+                    beside.replace(blob)
+                finally:
+                    beside.unlink(missing_ok=True)
             verified.unlink()
 
     def point(self, commit: str, file: HubFile) -> None:
@@ -88,20 +112,28 @@ class HubCache:
         pointer = self.folder / "snapshots" / commit / safe_name(file.name)
         if pointer.exists() and pointer.samefile(self.blob(file)):
             return
-        pointer.parent.mkdir(parents=True, exist_ok=True)
-        pointer.unlink(missing_ok=True)
-        try:
-            pointer.symlink_to(os.path.relpath(self.blob(file), pointer.parent))
-        except OSError:
-            with base.full_disk_is_typed(pointer.parent):
-                shutil.copyfile(self.blob(file), pointer)
+        beside = pointer.with_name(f"{pointer.name}.{uuid.uuid4().hex}.incomplete")
+        with self._writing():
+            pointer.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                try:
+                    beside.symlink_to(os.path.relpath(self.blob(file), pointer.parent))
+                except OSError:
+                    shutil.copyfile(self.blob(file), beside)
+                beside.replace(pointer)
+            finally:
+                beside.unlink(missing_ok=True)
 
     def note_revision(self, revision: str, commit: str) -> None:
         """Remember which commit `revision` stood for, unless it is the commit itself."""
         if revision != commit:
             reference = self.folder / "refs" / safe_name(revision)
-            reference.parent.mkdir(parents=True, exist_ok=True)
-            base.write_atomically(reference, commit.encode())
+            with contextlib.suppress(OSError):
+                if reference.read_bytes() == commit.encode():
+                    return
+            with self._writing():
+                reference.parent.mkdir(parents=True, exist_ok=True)
+                base.write_atomically(reference, commit.encode())
 
     def offline(self, revision: str, wanted: str | None) -> tuple[str, list[HubFile]] | None:
         """Commit and files of a complete cached snapshot; None when something is missing or unverifiable."""

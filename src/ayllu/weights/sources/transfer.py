@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,9 @@ from ayllu.weights.sources.base import Limits, Order
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 _RETRIED_STATUSES = frozenset((408, 429, 500, 502, 503, 504))
+_NETWORK_VARIABLES = frozenset(
+    ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+)
 SLOWEST_BYTES_PER_S = 1024
 MOST_REDIRECTS = 5
 
@@ -74,9 +78,21 @@ class _Interrupted(Exception):
 
 @contextlib.contextmanager
 def web_client(limits: Limits) -> Iterator[httpx2.Client]:
-    """A client for one or several downloads: follows few redirects, waits as long as `limits` allow."""
+    """A client for one or several downloads: follows few redirects, waits as long as `limits` allow.
+
+    Raises SourceError naming the environment variables when the proxy or certificates they name are unusable.
+    """
     timeout = httpx2.Timeout(limits.stall_s, connect=limits.connect_s)
-    with httpx2.Client(timeout=timeout, follow_redirects=True, max_redirects=MOST_REDIRECTS) as client:
+    try:
+        client = httpx2.Client(timeout=timeout, follow_redirects=True, max_redirects=MOST_REDIRECTS)
+    except (OSError, ValueError, httpx2.InvalidURL) as error:
+        # Certificates and proxies come from the environment; nothing else here can be wrong.
+        named = [name for name in os.environ if name.upper() in _NETWORK_VARIABLES and os.environ[name]]
+        settings = " or ".join(named) or "the system's network settings"
+        raise SourceError(
+            f"No connection can be made with {settings} as set ({_reason(error)}).", f"Correct {settings}."
+        ) from error
+    with client:
         yield client
 
 
@@ -237,16 +253,16 @@ class _Transfer:
                 )
             total = size if match[3] == "*" else int(match[3])
         else:
-            if self._have:
-                # The file changed, or the server ignores ranges: these bytes start at zero.
-                self._advance(-self._have)
-                self.start_over()
             total = _content_length(response, size)
         if total != size:
             raise SourceError(
                 f"{self._wanted.host} says the file has {total} bytes, but {size} are promised.",
                 "Nothing was fetched. Use another source.",
             )
+        if response.status_code == 200 and self._have:
+            # The file changed, or the server ignores ranges: these bytes start at zero.
+            self._advance(-self._have)
+            self.start_over()
         self._validator = _strong_validator(response)
         note = {"url": self._wanted.url, "validator": self._validator}
         base.write_atomically(self._wanted.note, json.dumps(note).encode())
