@@ -8,6 +8,7 @@ is our inference from the few published figures; `herd-1t`, `mini` and `nano` ar
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ayllu.errors import UsageError, did_you_mean
 from ayllu.model.config import (
@@ -67,85 +68,60 @@ def scout() -> ModelConfig:
 
 
 def maverick() -> ModelConfig:
-    """Llama 4 Maverick 17B-128E."""
-    return ModelConfig(
-        architecture="llama4",
-        vocab_size=202_048,
-        hidden_size=5120,
-        num_attention_heads=40,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=16_384,
+    """Llama 4 Maverick 17B-128E: Scout's layers with eight times the experts in every second one."""
+    return replace(
+        scout(),
         layers=llama4_layers(48, chunk=8192, expert_step=2),
         max_position_embeddings=1_048_576,
         rope=_LLAMA4_ROPE,
-        temperature=AttentionTemperature(),
+        qk_norm=False,
         experts=ExpertsConfig(
             num_experts=128, top_k=1, intermediate_size=8192, shared_intermediate_size=8192
         ),
-        vision=VisionConfig(),
     )
 
 
 def guard_4_12b() -> ModelConfig:
     """Llama Guard 4: Scout's shared experts as a dense model. That all layers rotate and see everything
     within 8,192 tokens is what its converter implies; the published facts do not say (spec 14)."""
-    return ModelConfig(
-        architecture="llama4",
-        vocab_size=202_048,
-        hidden_size=5120,
-        num_attention_heads=40,
-        num_key_value_heads=8,
-        head_dim=128,
+    return replace(
+        scout(),
         intermediate_size=8192,
         layers=(LayerSpec(),) * 48,
         max_position_embeddings=8192,
-        rope=_SCOUT_ROPE,
-        qk_norm=True,
-        vision=VisionConfig(),
+        temperature=None,
+        experts=None,
     )
 
 
 def behemoth_2t() -> ModelConfig:
     """OUR INFERENCE of Llama 4 Behemoth: published are only 288B active, 16 experts and about 2T in total."""
-    return ModelConfig(
-        architecture="llama4",
-        vocab_size=202_048,
+    return replace(
+        scout(),
         hidden_size=16_384,
         num_attention_heads=128,
-        num_key_value_heads=8,
-        head_dim=128,
         intermediate_size=53_248,
         layers=llama4_layers(88, chunk=8192, expert_step=1),
         max_position_embeddings=262_144,
         rope=_LLAMA4_ROPE,
-        temperature=AttentionTemperature(),
+        qk_norm=False,
         experts=ExpertsConfig(
             num_experts=16, top_k=1, intermediate_size=26_624, shared_intermediate_size=26_624
         ),
-        vision=VisionConfig(),
     )
 
 
 def herd_1t() -> ModelConfig:
     """Ours: one trillion parameters in all, about 41 billion active."""
-    return ModelConfig(
-        architecture="llama4",
-        vocab_size=202_048,
+    return replace(
+        scout(),
         hidden_size=7168,
         num_attention_heads=56,
-        num_key_value_heads=8,
-        head_dim=128,
         intermediate_size=22_016,
         layers=llama4_layers(64, chunk=8192, expert_step=2),
-        max_position_embeddings=10_485_760,
-        rope=_SCOUT_ROPE,
-        qk_norm=True,
-        temperature=AttentionTemperature(),
         experts=ExpertsConfig(
             num_experts=128, top_k=1, intermediate_size=11_008, shared_intermediate_size=11_008
         ),
-        vision=VisionConfig(),
     )
 
 
