@@ -206,8 +206,8 @@ def test_a_target_that_cannot_be_written_is_a_usage_error(target: str, folder: P
 @pytest.mark.parametrize("size", ["inf", "nan", "-1", "1e300"])
 def test_a_shard_size_is_a_number(size: str, folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "out"), "--shard-size", size])
-    assert isinstance(result.exception, UsageError) or (result.exit_code == 2) == (size != "1e300")
-    assert (tmp_path / "out").exists() == (size == "1e300")
+    assert isinstance(result.exception, UsageError) or result.exit_code == 2
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

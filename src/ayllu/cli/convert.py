@@ -96,7 +96,7 @@ def convert(
         raise UsageError(
             f"{target} is a folder, and a GGUF is one file.", f"Write to {target / 'model.gguf'}."
         )
-    if not math.isfinite(shard_size):
+    if not math.isfinite(shard_size * 1e9):
         raise UsageError(f"--shard-size {shard_size} is not a size.", "Give a number of gigabytes.")
     if target.exists() and not force and (target.is_file() or any(target.iterdir())):
         raise UsageError(f"{target} exists already.", "Choose another target, or replace it with --force.")
