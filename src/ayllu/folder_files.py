@@ -23,14 +23,19 @@ COMPANIONS = (
 )
 """Files that travel with a model unchanged when its tensors are converted."""
 
+STORE_MANIFEST = "ayllu-model.json"
+"""The file by which the store knows its own folders."""
+
+_BLOB_NAME = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,250}")
 
 
 def member_path(folder: Path, name: str) -> Path:
     """The file `name` of a model folder.
 
-    Links may point to a file of the same folder, or, as in Hugging Face's cache, from snapshots/<revision>/
-    into the blobs/ of the same repository. Raises ModelFileError for any other name or link.
+    Links may point to a file of the same folder; from a snapshot of a Hugging Face cache into the blobs of the
+    same repository; and from a model that the store pulled, with the cache on another disk, into any of its
+    repositories' blobs. Raises ModelFileError otherwise.
     """
     if not _PLAIN_NAME.fullmatch(name):
         raise ModelFileError(folder, "names a file that is not a plain file name", field=clip(name))
@@ -42,11 +47,20 @@ def member_path(folder: Path, name: str) -> Path:
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
-    if real.parent not in allowed:
+    pulled = (home / STORE_MANIFEST).is_file() and _is_hub_blob(real)
+    if real.parent not in allowed and not pulled:
         raise ModelFileError(path, "is a link out of the model's folder", got=clip(real))
     if not real.is_file():
         raise ModelFileError(path, "is not a file")
     return path
+
+
+def _is_hub_blob(path: Path) -> bool:
+    return (
+        _BLOB_NAME.fullmatch(path.name) is not None
+        and path.parent.name == "blobs"
+        and path.parent.parent.name.startswith("models--")
+    )
 
 
 def companions(folder: Path) -> list[Path]:

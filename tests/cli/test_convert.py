@@ -61,7 +61,7 @@ def same_numbers(one: Checkpoint, other: Checkpoint) -> bool:
 def test_a_folder_goes_to_gguf_and_back_without_changing_a_number(folder: Path, tmp_path: Path) -> None:
     assert "Wrote" in run(folder, tmp_path / "model.gguf")
     output = run(tmp_path / "model.gguf", tmp_path / "back")
-    assert "vocabulary inside a GGUF is not exported" in output
+    assert "No tokenizer was written" not in output
     assert same_numbers(open_folder(folder), open_folder(tmp_path / "back"))
     assert open_folder(tmp_path / "back").config == open_folder(folder).config
 

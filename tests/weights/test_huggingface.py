@@ -15,6 +15,7 @@ import safetensors.numpy
 import torch
 
 from ayllu.errors import ModelFileError, UnsupportedError, UsageError
+from ayllu.folder_files import STORE_MANIFEST, member_path
 from ayllu.weights.checkpoint import Checkpoint, open_checkpoint
 from ayllu.weights.huggingface import open_folder, save_folder
 from ayllu.weights.safetensors import SafetensorsFile
@@ -486,3 +487,19 @@ def test_every_kind_of_pickle_is_named(tmp_path: Path) -> None:
         (folder / f"model{suffix}").write_bytes(b"x")
         with pytest.raises(UnsupportedError, match="can run code"):
             open_folder(folder)
+
+
+def test_a_pulled_model_may_link_to_the_hub_cache_on_another_disk_and_others_may_not(tmp_path: Path) -> None:
+    blob = tmp_path / "hub" / "models--org--name" / "blobs" / ("ab" * 32)
+    blob.parent.mkdir(parents=True)
+    blob.write_text("{}", encoding="utf-8")
+    folder = tmp_path / "store" / "name"
+    folder.mkdir(parents=True)
+    (folder / "config.json").symlink_to(blob)
+    with pytest.raises(ModelFileError, match="link out of"):
+        member_path(folder, "config.json")
+    (folder / STORE_MANIFEST).write_text("{}", encoding="utf-8")
+    assert member_path(folder, "config.json").read_text(encoding="utf-8") == "{}"
+    (folder / "tokenizer.json").symlink_to("/etc/hostname")
+    with pytest.raises(ModelFileError, match="link out of"):
+        member_path(folder, "tokenizer.json")

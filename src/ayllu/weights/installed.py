@@ -14,10 +14,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ayllu.errors import ModelFileError, UnsupportedError, UsageError, clip, one_line
+from ayllu.folder_files import STORE_MANIFEST
 from ayllu.weights.sources.files import local_model_files
 from ayllu.weights.sources.safe_names import refuse_unless_model_file, safe_digest, safe_model_name
 
-MANIFEST = "ayllu-model.json"
+MANIFEST = STORE_MANIFEST
 UNKNOWN_LICENCE = "unknown"
 MOST_MANIFEST_BYTES = 4 << 20
 Format = Literal["gguf", "safetensors"]
