@@ -33,9 +33,9 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,250}")
 def member_path(folder: Path, name: str) -> Path:
     """The file `name` of a model folder.
 
-    Links may point to a file of the same folder; from a snapshot of a Hugging Face cache into the blobs of the
-    same repository; and from a model that the store pulled, with the cache on another disk, into any of its
-    repositories' blobs. Raises ModelFileError otherwise.
+    Links may point to a file of the same folder; from a snapshot of a Hugging Face cache into the blobs of
+    its own repository; and from a model that the store pulled, with the cache on another disk, into any
+    repository's blobs. Raises ModelFileError otherwise.
     """
     if not _PLAIN_NAME.fullmatch(name):
         raise ModelFileError(folder, "names a file that is not a plain file name", field=clip(name))
