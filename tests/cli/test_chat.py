@@ -103,6 +103,11 @@ def test_wrong_usage_is_one_line_with_its_exit_code(smollm2_gguf: Path, argument
     assert says in _one_line_error(_ayllu(*arguments), code)
 
 
+def test_nothing_is_fetched_unless_asked_for(tmp_path: Path) -> None:
+    error = _one_line_error(_ayllu("chat", "-p", "x", AYLLU_STORE=str(tmp_path / "empty")), 3)
+    assert "ayllu pull qwen2.5-coder-1.5b-instruct" in error
+
+
 def test_an_unknown_setting_in_the_environment_is_named() -> None:
     assert "Did you mean store" in _one_line_error(_ayllu("list", AYLLU_STOR="x"), 2)
 

@@ -133,7 +133,7 @@ def _question(prompt: str | None) -> str:
 
 
 def _find_or_pull(model: str | None, pull: bool, settings: Settings) -> InstalledModel:
-    """Where the model's files are. The default model is fetched on first use, as nobody named another."""
+    """The model, fetched first only if that was asked for. The default may give way to a smaller one."""
     from ayllu.errors import UnknownModelError
     from ayllu.progress import TerminalProgress
     from ayllu.weights.store import open_store, pull_with_fallback
@@ -142,7 +142,7 @@ def _find_or_pull(model: str | None, pull: bool, settings: Settings) -> Installe
     try:
         return store.find(model or settings.default_model)
     except UnknownModelError:
-        if model is not None and not pull:
+        if not pull:
             raise
     if model is not None:
         return store.ensure(model, TerminalProgress(0))
