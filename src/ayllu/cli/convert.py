@@ -179,7 +179,7 @@ def _write_vocabulary(checkpoint: Checkpoint, target: Path) -> None:
 
 def _to_gguf(checkpoint: Checkpoint, target: Path, numbers: Numbers | None, progress: Progress) -> None:
     from ayllu.weights.gguf_export import save_gguf
-    from ayllu.weights.safetensors_writer import write_failure
+    from ayllu.weights.new_file import write_failure
 
     vocabulary = _vocabulary(checkpoint) if checkpoint.path.is_dir() else None
     _require_gguf_target(target)

@@ -6,15 +6,12 @@ passed on byte for byte; others are decoded and encoded in pieces, so memory nev
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +27,7 @@ from ayllu.weights.gguf import (
     VERSIONS,
 )
 from ayllu.weights.gguf_blocks import BLOCK_TYPE_NAMED, PLAIN_TYPES, BlockType, QuantisedTensor, encode_blocks
-from ayllu.weights.safetensors_writer import write_failure
+from ayllu.weights.new_file import new_file, write_failure
 from ayllu.weights.tensors import PLAIN_ENCODINGS, Array, Floats, PlainTensor, StoredTensor
 
 PIECE_ELEMENTS = 1 << 20
@@ -88,7 +85,7 @@ def write_gguf(
             f"{path} needs {total / 1e9:.2f} GB, {free / 1e9:.2f} GB is free.",
             "Free some space, or write elsewhere.",
         )
-    with _appearing_whole(path) as file, progress.task(f"Writing {path.name}", total) as task:
+    with new_file(path) as file, progress.task(f"Writing {path.name}", total) as task:
         file.write(header)
         task.advance(len(header))
         for tensor in tensors:
@@ -215,19 +212,3 @@ def _typed(key: str, value: Any) -> bytes:
         f"GGUF cannot hold the metadata value of {key}, a {type(value).__name__}.",
         "Use text, numbers or arrays.",
     )
-
-
-@contextmanager
-def _appearing_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write beside `path` that takes its place when all went well, and leaves nothing otherwise."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise write_failure(path, error) from error
-    finally:
-        partial.unlink(missing_ok=True)

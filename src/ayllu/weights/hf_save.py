@@ -27,11 +27,11 @@ from ayllu.weights.checkpoint import Checkpoint
 from ayllu.weights.file_kinds import is_model_file
 from ayllu.weights.hf_config_writer import hugging_face_config, rope_layout_of
 from ayllu.weights.names import NameMap, hugging_face_names
+from ayllu.weights.new_file import write_failure
 from ayllu.weights.rope_layout import permute_rope_rows
 from ayllu.weights.safetensors_writer import (
     DEFAULT_SHARD_BYTES,
     OutgoingTensor,
-    write_failure,
     write_shards,
 )
 from ayllu.weights.scaled import SCALED_FP8

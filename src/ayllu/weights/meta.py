@@ -26,8 +26,8 @@ from ayllu.progress import SILENT, Progress
 from ayllu.weights.checkpoint import Checkpoint
 from ayllu.weights.meta_params import config_from_params, params_from_config, read_params
 from ayllu.weights.names import NameMap, meta_names
+from ayllu.weights.new_file import write_failure
 from ayllu.weights.rope_layout import permute_rope_rows
-from ayllu.weights.safetensors_writer import write_failure
 from ayllu.weights.tensors import Array, JoinedTensor, PlainTensor, StoredTensor
 
 if TYPE_CHECKING:

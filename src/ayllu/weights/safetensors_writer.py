@@ -6,17 +6,13 @@ files. A file appears under its name only when it is complete.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from ayllu.errors import AylluError, NoSpaceError, UsageError
 from ayllu.progress import Task
+from ayllu.weights.new_file import new_file
 from ayllu.weights.tensors import PLAIN_ENCODINGS, Array
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -105,26 +101,3 @@ def write_shards(
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     with new_file(folder / "model.safetensors.index.json") as file:
         file.write(json.dumps(index, indent=2).encode() + b"\n")
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name when the block ends well, and otherwise leaves nothing behind."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise write_failure(path, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_failure(path: Path, error: OSError) -> AylluError:
-    """What to raise when the system refuses to write `path`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpaceError(f"The disk holding {path} is full.", "Free some space, or choose another target.")
-    return UsageError(f"{path} cannot be written: {error.strerror or error}.", "Choose another target.")
