@@ -126,9 +126,9 @@ def run_transformers(gguf: Path) -> dict[str, float]:
 
 def measure(name: str, runs: int, with_peer: bool) -> dict[str, object]:
     from ayllu.settings import load_settings
-    from ayllu.weights.store import Store
+    from ayllu.weights.store import open_store
 
-    gguf = Store(load_settings().store).ensure(name).path
+    gguf = open_store(load_settings()).ensure(name).path
     engines = {"ayllu": run_ayllu} | ({"transformers": run_transformers} if with_peer else {})
     samples: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
     run_ayllu(gguf)  # warms the disk cache

@@ -17,10 +17,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "home")
 
 def _installed(name: str) -> Path:
     from ayllu.settings import load_settings
-    from ayllu.weights.store import Store
+    from ayllu.weights.store import open_store
 
-    store = Store(load_settings().store)
-    return store.ensure(name).path
+    return open_store(load_settings()).ensure(name).path
 
 
 @pytest.fixture(scope="session")

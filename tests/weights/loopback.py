@@ -80,7 +80,7 @@ class Loopback:
         return self.base + path
 
     def serve(self, path: str, data: bytes, **faults: object) -> Served:
-        self.files[path] = Served(data, **faults)  # type: ignore[arg-type]
+        self.files[path] = Served(data, **faults)
         return self.files[path]
 
     def serve_repository(

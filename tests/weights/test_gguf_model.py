@@ -282,7 +282,7 @@ def opened_llama4(path: Path, config: ModelConfig, metadata: dict[str, Any]) -> 
 
 def test_what_llama_cpp_hard_codes_for_llama4_is_assumed(tmp_path: Path) -> None:
     config = replace(CONFIGS["llama4 as released"], layers=CONFIGS["llama4 as released"].layers[:4])
-    shared = replace(config, experts=replace(config.experts, shared_intermediate_size=96))  # type: ignore[type-var]
+    shared = replace(config, experts=replace(config.experts, shared_intermediate_size=96))
     read = opened_llama4(tmp_path / "m.gguf", shared, llama4_metadata())
     assert read == shared
     assert [layer.chunk for layer in read.layers] == [8192, 8192, 8192, None]
@@ -301,7 +301,7 @@ def test_llama4_with_a_window_of_0_sees_everything_and_rotates_everywhere(tmp_pa
 
 def test_llama4_with_128_experts_has_no_qk_norm(tmp_path: Path) -> None:
     base = CONFIGS["llama4 as released"]
-    experts = replace(base.experts, num_experts=128, intermediate_size=32)  # type: ignore[type-var]
+    experts = replace(base.experts, num_experts=128, intermediate_size=32)
     config = replace(base, experts=experts, qk_norm=False, layers=base.layers[:4])
     metadata = llama4_metadata(
         expert_count=128, expert_feed_forward_length=32, expert_shared_feed_forward_length=32

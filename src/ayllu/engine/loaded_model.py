@@ -212,9 +212,11 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _small_text(file: Path, limit: int = MAX_TEMPLATE_BYTES) -> str:
-    if file.stat().st_size > limit:
-        raise UnsupportedError(f"{file} is larger than {limit} bytes.", "Remove the file to go without it.")
+def _small_text(file: Path) -> str:
+    if file.stat().st_size > MAX_TEMPLATE_BYTES:
+        raise UnsupportedError(
+            f"{file} is larger than {MAX_TEMPLATE_BYTES} bytes.", "Remove the file to go without it."
+        )
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -70,7 +70,6 @@ class SequenceCache:
         self._chunks = [layer.chunk for layer in config.layers]
         self._memories = [_LayerMemory() for _ in config.layers]
         self._device = torch.device(device)
-        self._steps = 0
         self.length = 0
 
     @property
