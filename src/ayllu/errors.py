@@ -134,6 +134,59 @@ class ImageError(AylluError):
     http_status = 400
 
 
+class GrammarError(AylluError):
+    """A schema, pattern or grammar that cannot be compiled, or that exceeds the limits of size and time."""
+
+    exit_code = 13
+    http_status = 400
+
+
+class OverloadedError(AylluError):
+    """The queue is full: nothing was started. `retry_after_s` says when another try makes sense."""
+
+    exit_code = 14
+    http_status = 429
+
+    def __init__(self, problem: str, fix: str = "Try again later.", *, retry_after_s: float = 1.0) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(problem, fix)
+
+
+class EngineCrashedError(AylluError):
+    """The engine ended while the request was open; it starts again by itself, the request does not."""
+
+    exit_code = 15
+    http_status = 503
+
+
+class EngineUnavailableError(AylluError):
+    """There is no engine to take the request: closed, still starting, or stopped after repeated crashes."""
+
+    exit_code = 16
+    http_status = 503
+
+
+class RequestFailedError(AylluError):
+    """One request failed inside the engine. Others are not affected."""
+
+    exit_code = 17
+    http_status = 500
+
+
+class RemoteEngineError(AylluError):
+    """A remote engine could not be reached, timed out, or answered what no such server should."""
+
+    exit_code = 18
+    http_status = 502
+
+
+class AccessError(AylluError):
+    """A remote engine refused the key, or the key may not do this."""
+
+    exit_code = 19
+    http_status = 403
+
+
 def one_line(text: str) -> str:
     """`text` with line breaks and control characters made visible, so that a message stays one line."""
     return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text)
