@@ -73,3 +73,21 @@ class CoreFacts:
     vocab_size: int
     capacity: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, str | int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedEmbedding:
+    """Inputs as tokens, to become one vector each."""
+
+    id: str
+    inputs: list[list[int]]
+    normalise: bool = True
+    tenant: str = ""
+    priority: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingsReady:
+    """Vectors float32 [inputs, width] of a `PreparedEmbedding`."""
+
+    vectors: NDArray[np.float32]

@@ -1,0 +1,425 @@
+"""The engine's inside, driven step by step by one thread: scheduler, cache and runner brought together.
+
+A step plans, computes, draws and speaks. Whatever goes wrong for one request is caught where it happens and
+ends that request alone; the others go on as if it had never been there. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence as AbstractSequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ayllu.chat.tokenizer import Tokenizer
+from ayllu.engine.answer import Grammar
+from ayllu.engine.events import Done, Event, Failed
+from ayllu.engine.jobs import EmbeddingJob, GenerationJob, Job
+from ayllu.engine.prepared import CoreFacts, EmbeddingsReady, PreparedEmbedding, PreparedRequest
+from ayllu.engine.protocol import EngineStats
+from ayllu.engine.scheduler import Piece, Scheduler
+from ayllu.engine.sequence import Sequence
+from ayllu.engine.step_runner import Adapters, RunnerPiece, StepRunner
+from ayllu.errors import AylluError, ContextOverflowError, RequestFailedError, UsageError, clip
+from ayllu.model.config import ModelConfig
+from ayllu.weights.adapter import read_adapter
+
+if TYPE_CHECKING:
+    from ayllu.engine.grammar import GrammarCompiler, TokenGrammar
+
+SCORED_ROWS = 32
+"""Rows of logits in memory together while a prompt is scored: each is as long as the vocabulary."""
+
+CoreEvent = Event | EmbeddingsReady
+Said = list[tuple[str, CoreEvent]]
+
+
+class EngineCore:
+    """Takes prepared requests and says what becomes of them, step by step. All calls from one thread.
+
+    deterministic: every piece is computed alone. `facts` says what this core is.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        runner: StepRunner,
+        scheduler: Scheduler,
+        adapters: Adapters,
+        *,
+        facts: CoreFacts,
+        model_identity: str,
+        deterministic: bool = False,
+    ) -> None:
+        self.facts = facts
+        self.scheduler = scheduler
+        self.runner = runner
+        self._config = config
+        self._tokenizer = tokenizer
+        self._adapters = adapters
+        self._deterministic = deterministic
+        # Nobody outside can know a key, so nobody can tell by timing which prompts others have sent.
+        self._secret = os.urandom(32)
+        self._model_identity = model_identity
+        self._jobs: dict[str, Job] = {}
+        self._compiling: dict[str, tuple[GenerationJob, Future[list[TokenGrammar]]]] = {}
+        self._grammars: GrammarCompiler | None = None
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to compute; requests whose grammar is being compiled do not count."""
+        return self.scheduler.has_work
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is open at all."""
+        return not self._jobs
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return self._adapters.names
+
+    def load_adapter(self, name: str, path: Path) -> None:
+        """Read a LoRA adapter and make it available. Raises AylluError, and changes nothing then."""
+        self._adapters.load(name, read_adapter(path, self._config))
+
+    def unload_adapter(self, name: str) -> None:
+        self._adapters.unload(name)
+
+    def submit(self, request: PreparedRequest) -> None:
+        """Take a request. Raises AylluError when it cannot be taken; what happens later is said by `step`."""
+        self._require_tokens(request.id, request.token_ids, request.max_new_tokens)
+        self.scheduler.require_room(request.n)
+        rows = self._image_rows(request)
+        job = GenerationJob(request, self._patch_token)
+        if request.adapter is not None:
+            job.adapter = self._adapters.acquire(request.adapter)
+        self._jobs[job.id] = job
+        if request.grammar is None:
+            self._open(job, rows, [None] * request.n)
+            return
+        try:
+            compiled = self._compiler().compile(request.grammar, request.n)
+        except BaseException:
+            self._forget(job)
+            raise
+        self._compiling[job.id] = (job, compiled)
+
+    def submit_embedding(self, request: PreparedEmbedding) -> None:
+        """Take inputs to be embedded; `EmbeddingsReady` or `Failed` follows. Raises AylluError."""
+        for tokens in request.inputs:
+            self._require_tokens(request.id, tokens, 0)
+        self.scheduler.require_room(len(request.inputs))
+        job = EmbeddingJob(request, self._root(request.tenant, None), self.scheduler.cache.block_tokens)
+        self._jobs[job.id] = job
+        for sequence in job.sequences:
+            self.scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> Said:
+        """End a request now: its open answers finish as 'cancelled'. Nothing if it is over already."""
+        job = self._jobs.get(request_id)
+        if job is None:
+            return []
+        said: list[CoreEvent] = []
+        if isinstance(job, GenerationJob):
+            for sequence in job.sequences:
+                said += job.answers[sequence].finish("cancelled")
+                self.scheduler.remove(sequence)
+            said += job.closing() or [Done(len(job.request.token_ids), 0)]
+        self._forget(job)
+        self._counts["cancelled"] += 1
+        return [(job.id, event) for event in said]
+
+    def step(self) -> Said:
+        """Do one step of work and say what came of it."""
+        said = self._start_compiled()
+        pieces = self.scheduler.plan()
+        if not pieces:
+            return said
+        self._counts["steps"] += 1
+        for piece in pieces:
+            job = self._job(piece)
+            if isinstance(job, GenerationJob) and not job.started:
+                said += [(job.id, event) for event in job.opening(piece.sequence)]
+                self._counts["prompt_tokens"] += len(job.request.token_ids)
+                self._counts["cached_prompt_tokens"] += piece.sequence.cached_tokens or 0
+        computed = self._compute(pieces, said)
+        self.scheduler.done([piece for piece, _ in computed])
+        self._score_prompts(computed, said)
+        self._embed(computed, said)
+        self._draw(computed, said)
+        return said
+
+    def stats(self) -> EngineStats:
+        """Counts now, and totals so far."""
+        cache = self.scheduler.cache
+        names = [group.name for group in cache.groups]
+        return EngineStats(
+            waiting=self.scheduler.waiting + len(self._compiling),
+            running=self.scheduler.running,
+            preempted=self.scheduler.preempted,
+            blocks_total=dict(zip(names, (pool.total for pool in cache.pools), strict=True)),
+            blocks_free=dict(zip(names, cache.free(), strict=True)),
+            blocks_cached=dict(zip(names, (pool.remembered for pool in cache.pools), strict=True)),
+            **self._counts,
+        )
+
+    # What follows is one step, in its order.
+
+    def _start_compiled(self) -> Said:
+        said: Said = []
+        for job, compiled in [entry for entry in self._compiling.values() if entry[1].done()]:
+            del self._compiling[job.id]
+            try:
+                grammars = compiled.result()
+                self._open(job, self._image_rows(job.request), grammars)
+            except Exception as error:
+                self._fail(job, error, "grammar", said)
+        return said
+
+    def _compute(self, pieces: AbstractSequence[Piece], said: Said) -> list[tuple[Piece, Any]]:
+        """Hidden states of the pieces that could be computed; requests whose pieces could not have failed."""
+        if len(pieces) > 1 and not self._deterministic:
+            try:
+                return list(zip(pieces, self.runner.forward(self._runner_pieces(pieces)), strict=True))
+            except Exception:
+                # Somebody's piece is at fault, and nobody knows whose: each is tried alone. Writing the same
+                # keys and values again does no harm.
+                self._counts["retried_steps"] += 1
+        computed = []
+        for piece in pieces:
+            job = self._job(piece)
+            if job.id not in self._jobs:
+                continue
+            try:
+                computed.append((piece, self.runner.forward(self._runner_pieces([piece]))[0]))
+            except Exception as error:
+                stage = "prefill" if piece.start < piece.sequence.prompt_tokens else "decode"
+                self._fail(job, error, stage, said)
+        return [(piece, hidden) for piece, hidden in computed if self._job(piece).id in self._jobs]
+
+    def _runner_pieces(self, pieces: AbstractSequence[Piece]) -> list[RunnerPiece]:
+        return [
+            RunnerPiece(
+                piece.sequence.tokens[piece.start : piece.stop],
+                piece.start,
+                piece.sequence.tables,
+                job.adapter,
+                job.images,
+                job.patches_before(piece.start),
+            )
+            for piece in pieces
+            for job in (self._job(piece),)
+        ]
+
+    def _score_prompts(self, computed: AbstractSequence[tuple[Piece, Any]], said: Said) -> None:
+        for piece, hidden in computed:
+            job = self._job(piece)
+            if (
+                not isinstance(job, GenerationJob)
+                or job.scores is None
+                or job.answers[piece.sequence].index > 0
+            ):
+                continue
+            try:
+                rows = job.scores.rows_needed(piece.start, piece.stop)
+                for first in range(0, len(rows), SCORED_ROWS):
+                    part = rows[first : first + SCORED_ROWS]
+                    logits = self.runner.logits([(hidden, position - piece.start) for position in part])
+                    for position, row in zip(part, logits, strict=True):
+                        job.scores.add(position, row)
+                if piece.completes:
+                    said += [(job.id, event) for event in job.prompt_scored()]
+            except Exception as error:
+                self._fail(job, error, "sample", said)
+
+    def _embed(self, computed: AbstractSequence[tuple[Piece, Any]], said: Said) -> None:
+        for piece, hidden in computed:
+            job = self._job(piece)
+            if not isinstance(job, EmbeddingJob) or job.id not in self._jobs:
+                continue
+            try:
+                done = job.add(piece.sequence, piece.start, self.runner.summed(hidden), last=piece.completes)
+                if piece.completes:
+                    self.scheduler.remove(piece.sequence)
+                if done:
+                    self._counts["finished"] += 1
+                    said.append((job.id, job.ready()))
+                    self._forget(job)
+            except Exception as error:
+                self._fail(job, error, "embed", said)
+
+    def _draw(self, computed: AbstractSequence[tuple[Piece, Any]], said: Said) -> None:
+        drawing = [
+            (piece.sequence, hidden, piece.stop - piece.start - 1)
+            for piece, hidden in computed
+            if piece.completes and isinstance(self._job(piece), GenerationJob)
+        ]
+        for (sequence, _, _), row in zip(drawing, self._logits(drawing), strict=True):
+            job = self._jobs.get(sequence.owner.id)
+            if isinstance(job, GenerationJob):
+                self._continue(job, sequence, row, said)
+
+    def _logits(
+        self, drawing: AbstractSequence[tuple[Sequence, Any, int]]
+    ) -> list[NDArray[np.float32] | Exception]:
+        """A row of logits for each; where computing them failed, the error."""
+        rows = [(hidden, row) for _, hidden, row in drawing]
+        if rows and not self._deterministic:
+            try:
+                return list(self.runner.logits(rows))
+            except Exception:
+                self._counts["retried_steps"] += 1
+        found: list[NDArray[np.float32] | Exception] = []
+        for row in rows:
+            try:
+                found.append(self.runner.logits([row])[0])
+            except Exception as error:
+                found.append(error)
+        return found
+
+    def _continue(
+        self, job: GenerationJob, sequence: Sequence, row: NDArray[np.float32] | Exception, said: Said
+    ) -> None:
+        """Draw the next token of one answer and say what follows from it."""
+        answer = job.answers[sequence]
+        stage = "sample"
+        try:
+            if isinstance(row, Exception):
+                raise row
+            if job.request.max_new_tokens == 0:
+                events = answer.finish("length")
+            else:
+                token = answer.draw(row)
+                stage = "detokenise"
+                events = answer.take(token)
+        except Exception as error:
+            self._fail(job, error, stage, said)
+            return
+        self._counts["new_tokens"] += 1
+        said += [(job.id, event) for event in events]
+        if answer.finished is not None:
+            self.scheduler.remove(sequence)
+            closing = job.closing()
+            if closing:
+                self._counts["finished"] += 1
+                self._forget(job)
+            said += [(job.id, event) for event in closing]
+
+    # Opening and ending of requests.
+
+    @property
+    def _patch_token(self) -> int | None:
+        return None if self._config.vision is None else self._config.vision.patch_token_id
+
+    def _job(self, piece: Piece) -> Job:
+        owner = piece.sequence.owner
+        assert isinstance(owner, GenerationJob | EmbeddingJob)
+        return owner
+
+    def _compiler(self) -> GrammarCompiler:
+        if self._grammars is None:
+            # Most engines never see a grammar, and the library takes a moment to read the vocabulary.
+            from ayllu.engine.grammar import GrammarCompiler
+
+            self._grammars = GrammarCompiler(self._tokenizer, self._tokenizer.stop_ids)
+        return self._grammars
+
+    def _require_tokens(self, request_id: str, tokens: AbstractSequence[int], new_tokens: int) -> None:
+        if request_id in self._jobs:
+            raise UsageError(
+                f"There is a request {clip(request_id)} already.", "Give each request its own id."
+            )
+        if not tokens:
+            raise UsageError("The prompt is empty.", "Give at least one token.")
+        context = self.facts.context
+        if len(tokens) + new_tokens > context:
+            raise ContextOverflowError(
+                f"The conversation has {len(tokens)} tokens; the context holds {context}.",
+                "Start a new conversation (/new), shorten the input, or raise --context.",
+            )
+        size = self._config.vocab_size
+        outside = next((token for token in tokens if not 0 <= token < size), None)
+        if outside is not None:
+            raise UsageError(
+                f"Token {outside} is not in the vocabulary of {size}.", "Use this model's tokenizer."
+            )
+        self.scheduler.require_fit(len(tokens) + new_tokens)
+
+    def _image_rows(self, request: PreparedRequest) -> list[int]:
+        """Rows of each image. Raises UsageError when they are not as many as the prompt's patch tokens."""
+        vision = self._config.vision
+        if not request.images:
+            return []
+        if vision is None:
+            raise UsageError("This model reads no images.", "Choose a model with a vision tower.")
+        tile = (vision.num_channels, vision.image_size, vision.image_size)
+        for image in request.images:
+            if image.pixels.shape[1:] != tile:
+                raise UsageError(
+                    f"An image has tiles of {image.pixels.shape[1:]} numbers; this model reads {tile}.",
+                    "Cut the image with this model's chat format.",
+                )
+        rows = [image.pixels.shape[0] * vision.tokens_per_tile for image in request.images]
+        patches = request.token_ids.count(vision.patch_token_id)
+        if sum(rows) != patches:
+            raise UsageError(
+                f"The prompt has {patches} image patch tokens but {sum(rows)} image rows.",
+                "Render the prompt and its images together.",
+            )
+        return rows
+
+    def _root(self, tenant: str, adapter: str | None) -> bytes:
+        """What else two prompts must have in common to share cache blocks."""
+        state = hashlib.sha256(self._secret)
+        for part in (tenant, self._model_identity, adapter or ""):
+            encoded = part.encode("utf-8", "surrogatepass")
+            state.update(len(encoded).to_bytes(8, "big") + encoded)
+        return state.digest()
+
+    def _open(
+        self, job: GenerationJob, image_rows: list[int], grammars: AbstractSequence[Grammar | None]
+    ) -> None:
+        job.open(
+            self._tokenizer,
+            self._root(job.tenant, job.adapter),
+            self.scheduler.cache.block_tokens,
+            self._patch_token,
+            image_rows,
+            grammars,
+            shares_prefix=self.scheduler.cache.remembers,
+        )
+        for sequence in job.sequences:
+            self.scheduler.add(sequence)
+
+    def _forget(self, job: Job) -> None:
+        """Drop a job whose end has been said, with all it still holds."""
+        for sequence in job.sequences:
+            self.scheduler.remove(sequence)
+        if job.adapter is not None:
+            self._adapters.release(job.adapter)
+        self._compiling.pop(job.id, None)
+        del self._jobs[job.id]
+
+    def _fail(self, job: Job, error: Exception, stage: str, said: Said) -> None:
+        """End a request with an error. Errors of the device itself are nobody's fault: they end the engine."""
+        if self.runner.is_fatal(error):
+            raise error
+        if job.id not in self._jobs:
+            return
+        if not isinstance(error, AylluError):
+            error = RequestFailedError(
+                f"The request failed ({stage}): {type(error).__name__}: {clip(error)}.",
+                "Other requests go on. If it happens again, please report it.",
+            )
+        self._forget(job)
+        self._counts["failed"] += 1
+        said.append((job.id, Failed(error)))
