@@ -77,7 +77,7 @@ def small_core(
     adapters = adapters or AdapterSet(decoder)
     return EngineCore(
         decoder.config,
-        TOKENIZER,
+        TOKENIZER.with_embedding_rows(decoder.config.vocab_size),
         Runner(decoder, memory, adapters, image_cache_bytes=image_cache_bytes),
         Scheduler(cache, slots=slots, step_tokens=step_tokens, waiting=waiting, fixed_piece=piece),
         adapters,
@@ -91,7 +91,7 @@ def run(core: EngineCore, most_steps: int = 20_000) -> Said:
     """Step until nothing is open; everything that was said."""
     said: Said = []
     for _ in range(most_steps):
-        if core.is_idle:
+        if not core.has_work:
             return said
         said += core.step()
     raise AssertionError(f"still at work after {most_steps} steps: {core.stats()}")

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence as AbstractSequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ayllu.chat.tokenizer import Tokenizer
 from ayllu.engine.answer import Grammar
-from ayllu.engine.events import Done, Event, Failed
+from ayllu.engine.events import Event, Failed
 from ayllu.engine.jobs import EmbeddingJob, GenerationJob, Job
 from ayllu.engine.prepared import CoreFacts, EmbeddingsReady, PreparedEmbedding, PreparedRequest
 from ayllu.engine.protocol import EngineStats
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 SCORED_ROWS = 32
 """Rows of logits in memory together while a prompt is scored: each is as long as the vocabulary."""
+
+COMPILE_WAIT_S = 0.01
 
 CoreEvent = Event | EmbeddingsReady
 Said = list[tuple[str, CoreEvent]]
@@ -71,17 +73,18 @@ class EngineCore:
         self._jobs: dict[str, Job] = {}
         self._compiling: dict[str, tuple[GenerationJob, Future[list[TokenGrammar]]]] = {}
         self._grammars: GrammarCompiler | None = None
+        self._unsaid: Said = []
         self._counts: Counter[str] = Counter()
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has something to compute; requests whose grammar is being compiled do not count."""
-        return self.scheduler.has_work
+        """Whether `step` has something to do or to say."""
+        return bool(self.scheduler.has_work or self._compiling or self._unsaid)
 
     @property
-    def is_idle(self) -> bool:
-        """Whether nothing is open at all."""
-        return not self._jobs
+    def open_requests(self) -> int:
+        """Requests taken and not ended."""
+        return len(self._jobs)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -94,8 +97,11 @@ class EngineCore:
     def unload_adapter(self, name: str) -> None:
         self._adapters.unload(name)
 
-    def submit(self, request: PreparedRequest) -> None:
+    def submit(self, request: PreparedRequest | PreparedEmbedding) -> None:
         """Take a request. Raises AylluError when it cannot be taken; what happens later is said by `step`."""
+        if isinstance(request, PreparedEmbedding):
+            self._submit_embedding(request)
+            return
         self._require_tokens(request.id, request.token_ids, request.max_new_tokens)
         self.scheduler.require_room(request.n)
         rows = self._image_rows(request)
@@ -113,34 +119,27 @@ class EngineCore:
             raise
         self._compiling[job.id] = (job, compiled)
 
-    def submit_embedding(self, request: PreparedEmbedding) -> None:
-        """Take inputs to be embedded; `EmbeddingsReady` or `Failed` follows. Raises AylluError."""
-        for tokens in request.inputs:
-            self._require_tokens(request.id, tokens, 0)
-        self.scheduler.require_room(len(request.inputs))
-        job = EmbeddingJob(request, self._root(request.tenant, None), self.scheduler.cache.block_tokens)
-        self._jobs[job.id] = job
-        for sequence in job.sequences:
-            self.scheduler.add(sequence)
-
-    def cancel(self, request_id: str) -> Said:
+    def cancel(self, request_id: str) -> None:
         """End a request now: its open answers finish as 'cancelled'. Nothing if it is over already."""
         job = self._jobs.get(request_id)
         if job is None:
-            return []
+            return
         said: list[CoreEvent] = []
         if isinstance(job, GenerationJob):
             for sequence in job.sequences:
                 said += job.answers[sequence].finish("cancelled")
                 self.scheduler.remove(sequence)
-            said += job.closing() or [Done(len(job.request.token_ids), 0)]
+            said += job.closing()
+        else:
+            said.append(Failed(RequestFailedError("The request was cancelled.")))
         self._forget(job)
         self._counts["cancelled"] += 1
-        return [(job.id, event) for event in said]
+        self._unsaid += [(job.id, event) for event in said]
 
     def step(self) -> Said:
         """Do one step of work and say what came of it."""
-        said = self._start_compiled()
+        said, self._unsaid = self._unsaid, []
+        self._start_compiled(said)
         pieces = self.scheduler.plan()
         if not pieces:
             return said
@@ -174,8 +173,10 @@ class EngineCore:
 
     # What follows is one step, in its order.
 
-    def _start_compiled(self) -> Said:
-        said: Said = []
+    def _start_compiled(self, said: Said) -> None:
+        if self._compiling and not self.scheduler.has_work:
+            # Nothing else to do: wait a little instead of asking again at once.
+            wait([compiled for _, compiled in self._compiling.values()], COMPILE_WAIT_S, FIRST_COMPLETED)
         for job, compiled in [entry for entry in self._compiling.values() if entry[1].done()]:
             del self._compiling[job.id]
             try:
@@ -183,7 +184,6 @@ class EngineCore:
                 self._open(job, self._image_rows(job.request), grammars)
             except Exception as error:
                 self._fail(job, error, "grammar", said)
-        return said
 
     def _compute(self, pieces: AbstractSequence[Piece], said: Said) -> list[tuple[Piece, Any]]:
         """Hidden states of the pieces that could be computed; requests whose pieces could not have failed."""
@@ -316,6 +316,15 @@ class EngineCore:
 
     # Opening and ending of requests.
 
+    def _submit_embedding(self, request: PreparedEmbedding) -> None:
+        for tokens in request.inputs:
+            self._require_tokens(request.id, tokens, 0)
+        self.scheduler.require_room(len(request.inputs))
+        job = EmbeddingJob(request, self._root(request.tenant, None), self.scheduler.cache.block_tokens)
+        self._jobs[job.id] = job
+        for sequence in job.sequences:
+            self.scheduler.add(sequence)
+
     @property
     def _patch_token(self) -> int | None:
         return None if self._config.vision is None else self._config.vision.patch_token_id
@@ -410,7 +419,7 @@ class EngineCore:
         del self._jobs[job.id]
 
     def _fail(self, job: Job, error: Exception, stage: str, said: Said) -> None:
-        """End a request with an error. Errors of the device itself are nobody's fault: they end the engine."""
+        """End a request with an error. One of the device itself is nobody's fault: it ends the engine."""
         if self.runner.is_fatal(error):
             raise error
         if job.id not in self._jobs:

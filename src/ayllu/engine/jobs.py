@@ -98,9 +98,10 @@ class GenerationJob:
         """The last event, once all answers are finished."""
         if any(answer.finished is None for answer in self.answers.values()):
             return []
-        first = next(iter(self.answers))
+        first = next(iter(self.answers), None)
+        cached = None if first is None else first.cached_tokens
         new_tokens = sum(len(answer.tokens) for answer in self.answers.values())
-        return [Done(len(self.request.token_ids), new_tokens, first.cached_tokens or 0)]
+        return [Done(len(self.request.token_ids), new_tokens, cached or 0)]
 
 
 class EmbeddingJob:

@@ -100,6 +100,7 @@ class EngineStats:
     cancelled: int = 0
     preempted: int = 0
     steps: int = 0
+    retried_steps: int = 0
     restarts: int = 0
     blocks_total: dict[str, int] = field(default_factory=dict)
     blocks_free: dict[str, int] = field(default_factory=dict)
