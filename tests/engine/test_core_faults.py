@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ayllu.engine.core import EngineCore, Said
 from ayllu.engine.events import AnswerFinished, Done, Failed
 from ayllu.engine.jobs import GenerationJob
 from ayllu.engine.parameters import Sampling
-from ayllu.engine.prepared import PreparedEmbedding, PreparedImage, PreparedRequest
+from ayllu.engine.prepared import GrammarSpec, PreparedEmbedding, PreparedImage, PreparedRequest
 from ayllu.errors import (
     AylluError,
     ContextOverflowError,
@@ -46,7 +47,7 @@ def _request(name: str, seed: int, **changes: Any) -> PreparedRequest:
 def test_a_thousand_random_cycles_end_with_every_block_back(decoder) -> None:
     source = random.Random(0)
     core = small_core(
-        decoder, slots=5, step_tokens=24, blocks={"global": 26, "chunk 8": 12}, waiting=20, context=100
+        decoder, slots=5, step_tokens=24, blocks={"global": 12, "chunk 8": 7}, waiting=20, context=100
     )
     said: Said = []
     opened: list[str] = []
@@ -61,7 +62,7 @@ def test_a_thousand_random_cycles_end_with_every_block_back(decoder) -> None:
                 else:
                     core.submit(
                         _request(
-                            name, number, n=source.choice((1, 1, 3)), priority=source.randint(-4, 4),
+                            name, number % 9, n=source.choice((1, 1, 3)), priority=source.randint(-4, 4),
                             tenant=source.choice("abc"), stop=source.choice(((), ("a",), ("bb", "cc"))),
                             prompt_logprobs=source.choice((None, None, 1)),
                         )
@@ -79,6 +80,8 @@ def test_a_thousand_random_cycles_end_with_every_block_back(decoder) -> None:
     assert core.open_requests == 0
     counts = core.stats()
     assert counts.preempted > 0
+    assert counts.cached_prompt_tokens > 0
+    assert refused > 0
     assert counts.cancelled > 0
     assert counts.finished > 200
     assert counts.finished + counts.cancelled == len(opened)
@@ -119,18 +122,22 @@ def _break_decode(core: EngineCore, source: random.Random) -> None:
     _break_forward(core, lambda start, job: start >= len(job.request.token_ids) + after)
 
 
-def _break_answer(core: EngineCore, source: random.Random, part: str, method: str) -> None:
-    answer = next(iter(_victim(core).answers.values()))
-    target = getattr(answer, part)
-    whole, left = getattr(target, method), [source.randint(0, 4)]
+def _failing_after(calls: int, whole: Callable[..., Any]) -> Callable[..., Any]:
+    left = [calls]
 
-    def failing(*arguments):
+    def failing(*arguments: Any) -> Any:
         left[0] -= 1
         if left[0] < 0:
             raise Fault("in the answer")
         return whole(*arguments)
 
-    setattr(target, method, failing)
+    return failing
+
+
+def _break_answer(core: EngineCore, source: random.Random, part: str, method: str) -> None:
+    answer = next(iter(_victim(core).answers.values()))
+    target = getattr(answer, part)
+    setattr(target, method, _failing_after(source.randint(0, 4), getattr(target, method)))
 
 
 def _break_sample(core: EngineCore, source: random.Random) -> None:
@@ -167,7 +174,26 @@ def _not_finite(core: EngineCore, source: random.Random) -> None:
     core.runner.logits = spoiled
 
 
+def _break_grammar(core: EngineCore, source: random.Random) -> None:
+    """The victim's grammar gives up in the middle of the answer, or its compilation fails."""
+    if source.random() < 0.5:
+        broken: Future[Any] = Future()
+        broken.set_exception(Fault("in the compiler"))
+        core._compiling["victim"] = (_victim(core), broken)
+        return
+    opened = core._open
+
+    def breaking(job, rows, grammars):
+        for grammar in grammars:
+            if grammar is not None:
+                grammar.accept = _failing_after(source.randint(0, 4), grammar.accept)
+        opened(job, rows, grammars)
+
+    core._open = breaking
+
+
 STAGES = {
+    "grammar": _break_grammar,
     "prefill": _break_prefill,
     "decode": _break_decode,
     "sample": _break_sample,
@@ -195,7 +221,8 @@ def test_a_fault_fails_its_own_request_alone_100_times_of_100(stage: str) -> Non
 
         said: Said = []
         core = small_core(decoder, slots=4, step_tokens=12)
-        victim = _request("victim", 1000 + seed, max_new_tokens=12)
+        grammar = GrammarSpec("start: /[a-z]{20,}/") if stage == "grammar" else None
+        victim = _request("victim", 1000 + seed, max_new_tokens=12, grammar=grammar)
         if seed % 3:
             core.submit(victim)
             STAGES[stage](core, source)

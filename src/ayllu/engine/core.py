@@ -37,6 +37,7 @@ SCORED_ROWS = 32
 """Rows of logits in memory together while a prompt is scored: each is as long as the vocabulary."""
 
 COMPILE_WAIT_S = 0.01
+MOST_COMPILERS = 2
 
 CoreEvent = Event | EmbeddingsReady
 Said = list[tuple[str, CoreEvent]]
@@ -72,7 +73,7 @@ class EngineCore:
         self._model_identity = model_identity
         self._jobs: dict[str, Job] = {}
         self._compiling: dict[str, tuple[GenerationJob, Future[list[TokenGrammar]]]] = {}
-        self._grammars: GrammarCompiler | None = None
+        self._compilers: dict[frozenset[int], GrammarCompiler] = {}
         self._unsaid: Said = []
         self._counts: Counter[str] = Counter()
 
@@ -113,7 +114,7 @@ class EngineCore:
             self._open(job, rows, [None] * request.n)
             return
         try:
-            compiled = self._compiler().compile(request.grammar, request.n)
+            compiled = self._compiler(request.stop_ids).compile(request.grammar, request.n)
         except BaseException:
             self._forget(job)
             raise
@@ -334,13 +335,16 @@ class EngineCore:
         assert isinstance(owner, GenerationJob | EmbeddingJob)
         return owner
 
-    def _compiler(self) -> GrammarCompiler:
-        if self._grammars is None:
-            # Most engines never see a grammar, and the library takes a moment to read the vocabulary.
+    def _compiler(self, stop_ids: frozenset[int]) -> GrammarCompiler:
+        """The compiler for answers that end so: on the model's own stop tokens, or on none."""
+        if stop_ids not in self._compilers:
+            # Most engines never see a grammar, and the library takes a moment to load.
             from ayllu.engine.grammar import GrammarCompiler
 
-            self._grammars = GrammarCompiler(self._tokenizer, self._tokenizer.stop_ids)
-        return self._grammars
+            while len(self._compilers) >= MOST_COMPILERS:
+                self._compilers.pop(next(iter(self._compilers))).close()
+            self._compilers[stop_ids] = GrammarCompiler(self._tokenizer, stop_ids)
+        return self._compilers[stop_ids]
 
     def _require_tokens(self, request_id: str, tokens: AbstractSequence[int], new_tokens: int) -> None:
         if request_id in self._jobs:
