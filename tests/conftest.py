@@ -29,6 +29,12 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2, float32: the small real embedding model that every test run uses."""
+    return _installed("all-minilm-l6-v2")
+
+
+@pytest.fixture(scope="session")
 def qwen05_gguf() -> Path:
     """Qwen2.5-Coder-0.5B-Instruct, Q4_K_M (only for tests marked large)."""
     return _installed("qwen2.5-coder-0.5b-instruct")

@@ -117,15 +117,19 @@ def test_importing_the_commands_loads_nothing_heavy():
 
 
 def test_verified_is_said_only_of_a_hash_that_was_promised():
-    pinned = SimpleNamespace(sha256="a" * 64)
-    opened = SimpleNamespace(catalogue=SimpleNamespace(model=[pinned, SimpleNamespace(sha256=None)]))
+    pinned = SimpleNamespace(sha256="a" * 64, promised={})
+    folder = SimpleNamespace(sha256=None, promised={"config.json": "c" * 64})
+    unpinned = SimpleNamespace(sha256=None, promised={})
+    opened = SimpleNamespace(catalogue=SimpleNamespace(model=[pinned, folder, unpinned]))
 
-    def said(source, digest):
-        return models._verification(opened, SimpleNamespace(source=source, sha256=digest))
+    def said(source, digest, **files):
+        held = [SimpleNamespace(name=f"{name}.json", sha256=sha256) for name, sha256 in files.items()]
+        return models._verification(opened, SimpleNamespace(source=source, sha256=digest, files=held))
 
     assert said("pypi:x==1", "a" * 64) == "SHA-256 verified"
-    assert said("hf:org/name", None) == "SHA-256 verified"
+    assert said("hf:org/name", None) == said("pypi:x==1", None, config="c" * 64) == "SHA-256 verified"
     assert said("pypi:x==1", "b" * 64) == said("file:/x", None) == "SHA-256 recorded"
+    assert said("pypi:x==1", None, config="d" * 64) == "SHA-256 recorded"
 
 
 def test_list_fits_eighty_columns_with_one_line_for_each_row(run, tiny):

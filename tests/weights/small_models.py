@@ -32,6 +32,19 @@ def entry_text(
     return "[[model]]\n" + "\n".join(lines) + f"\n{tables}\n"
 
 
+def folder_text(name: str, files: dict[str, bytes], *sources: str) -> str:
+    """One catalogue entry for a model that is a folder of `files`. Sources as in `entry_text`."""
+    insides = [source if " = " in source else f'at = "{source}"' for source in sources]
+    held = "".join(
+        f'[[model.files]]\nname = "{file}"\nsha256 = "{sha256(data)}"\nsize_bytes = {len(data)}\n'
+        for file, data in files.items()
+    )
+    tables = "".join(f"[[model.source]]\n{inside}\n" for inside in insides)
+    head = f'name = "{name}"\ntitle = "t"\nsummary = "s"\nlicence = "Apache-2.0"\nnotice = "Notice."\n'
+    sizes = f"size_bytes = {sum(map(len, files.values()))}\ncontext = 128\n"
+    return f"[[model]]\n{head}{sizes}{held}{tables}\n"
+
+
 def catalogue_of(*entries: str) -> Catalogue:
     return parse_catalogue("\n".join(entries))
 

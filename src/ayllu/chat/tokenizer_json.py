@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
+from ayllu.chat import wordpiece_vocabulary as wordpiece
 from ayllu.chat.bpe_vocabulary import ByteLevelVocabulary, SentencePieceVocabulary, byte_of_token
 from ayllu.chat.vocabulary import (
     SpacePrefix,
@@ -24,6 +25,9 @@ from ayllu.chat.vocabulary import (
 from ayllu.errors import ModelFileError, UnsupportedError
 from ayllu.folder_files import member_path
 from ayllu.json_file import read_json_object
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Encoder
 
 # Llama 4's file, the largest of the known families, is 28 MB.
 MAX_FILE_BYTES = 64 << 20
@@ -45,15 +49,20 @@ def parts_from_json(file: Path) -> TokenizerParts:
     """Tokenizer parts of a `tokenizer.json`, with what the config files in its folder add.
 
     BOS, EOS and stop ids come from `tokenizer_config.json`, `generation_config.json` and `config.json`
-    where these exist. Raises `ModelFileError` for damaged files, `UnsupportedError` for kinds other
-    than BPE.
+    where these exist; those of a WordPiece file are the tokens it puts around a text, [CLS] and [SEP].
+    Raises `ModelFileError` for damaged files, `UnsupportedError` for kinds other than BPE and WordPiece.
     """
     root = read_json_object(file, max_bytes=MAX_FILE_BYTES, max_values=MAX_FILE_VALUES)
     model = _object(root, "model", file)
-    if model.get("type", "BPE") != "BPE":
-        raise UnsupportedError(f"{file}: vocabulary of type '{model.get('type')}'.", "Only BPE is supported.")
+    kind = model.get("type", "BPE")
+    if kind not in ("BPE", "WordPiece"):
+        raise UnsupportedError(
+            f"{file}: vocabulary of type '{kind}'.", "Only BPE and WordPiece are supported."
+        )
     specials = _specials(root, file)
     texts = _texts(model, specials, file)
+    if kind == "WordPiece":
+        return _wordpiece_parts(root, model, specials, texts, file)
     vocabulary = _vocabulary(root, model, specials, texts, file)
     configs = _Configs(file.parent, {special.name: special.id for special in specials})
     bos_id = configs.bos_id()
@@ -66,6 +75,35 @@ def parts_from_json(file: Path) -> TokenizerParts:
         add_bos=bos_id is not None and configs.add_bos(_template_starts_with_special(root)),
         source=str(file),
         embedding_rows=configs.embedding_rows(),
+    )
+
+
+def _wordpiece_parts(
+    root: JsonObject,
+    model: JsonObject,
+    specials: tuple[SpecialToken, ...],
+    texts: list[str | None],
+    file: Path,
+) -> TokenizerParts:
+    by_name = {special.name: special.id for special in specials}
+    encoder = _encoder(
+        _components(root, "normalizer", "normalizers", wordpiece.NORMALIZERS, file),
+        _components(root, "pre_tokenizer", "pretokenizers", wordpiece.PRE_TOKENIZERS, file),
+        file,
+    )
+    encoder.model = wordpiece.wordpiece_model(model, by_name, file)
+    first, last = wordpiece.enclosing_ids(root.get("post_processor"), by_name)
+    return TokenizerParts(
+        vocabulary=wordpiece.WordPieceVocabulary(
+            encoder, texts, wordpiece.continuing_prefix(model, file), str(file)
+        ),
+        specials=specials,
+        bos_id=first,
+        eos_id=last,
+        stop_ids=frozenset() if last is None else frozenset((last,)),
+        add_bos=first is not None,
+        source=str(file),
+        embedding_rows=_Configs(file.parent, by_name).embedding_rows(),
     )
 
 
@@ -162,22 +200,13 @@ def _vocabulary(
     texts: list[str | None],
     file: Path,
 ) -> Vocabulary:
-    from tokenizers import Tokenizer as Encoder
-
     normalizers = _components(root, "normalizer", "normalizers", _NORMALIZERS, file)
     pre_tokenizers = _components(root, "pre_tokenizer", "pretokenizers", _PRE_TOKENIZERS, file)
     byte_level = [step for step in pre_tokenizers if step["type"] == "ByteLevel"]
     if any(step.get("add_prefix_space", True) is not False for step in byte_level):
         raise UnsupportedError(f"{file}: ByteLevel with add_prefix_space.", "Only false is supported.")
     prefix, always = _take_space_prefix(normalizers, pre_tokenizers)
-    shell = {
-        "version": "1.0",
-        "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers} if pre_tokenizers else None,
-        "model": {"type": "BPE", "vocab": {}, "merges": []},
-    }
-    with library_errors(file, "normalizer and pre_tokenizer"):
-        encoder = Encoder.from_str(json.dumps(shell))
+    encoder = _encoder(normalizers, pre_tokenizers, file)
     encoder.model = _bpe(model, specials, file)
     vocab: dict[str, int] = model["vocab"]
     if byte_level:
@@ -187,6 +216,20 @@ def _vocabulary(
         found = ((place, byte_of_token(token)) for token, place in vocab.items())
         bytes_by_id = {place: byte for place, byte in found if byte is not None}
     return SentencePieceVocabulary(encoder, texts, bytes_by_id, prefix, str(file), always_prefix=always)
+
+
+def _encoder(normalizers: list[JsonObject], pre_tokenizers: list[JsonObject], file: Path) -> Encoder:
+    """The library's encoder with these steps, and no vocabulary yet."""
+    from tokenizers import Tokenizer as Encoder
+
+    shell = {
+        "version": "1.0",
+        "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers} if pre_tokenizers else None,
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
+    with library_errors(file, "normalizer and pre_tokenizer"):
+        return Encoder.from_str(json.dumps(shell))
 
 
 def _take_space_prefix(

@@ -43,6 +43,7 @@ def pull(
     from rich.console import Console
 
     from ayllu.progress import TerminalProgress
+    from ayllu.weights.encoder import is_encoder_folder
     from ayllu.weights.sources.base import gigabytes
 
     try:
@@ -60,7 +61,7 @@ def pull(
         f"from {installed.source}",
         f"Licence: {_licence(installed)}",
         f"Files:   {installed.path}",
-        f"Next:    ayllu chat {installed.name}",
+        f"Next:    ayllu {'show' if is_encoder_folder(installed.path) else 'chat'} {installed.name}",
     ]
     Console(soft_wrap=True).print("\n".join(lines), highlight=False, markup=False)
 
@@ -135,8 +136,11 @@ def _open_store(folder: Path | None) -> Store:
 
 def _verification(opened: Store, model: InstalledModel) -> str:
     """Verified means that somebody promised the hash beforehand: the catalogue, or the hub's listing."""
+    digests = {file.name: file.sha256 for file in model.files}
     pinned = any(
-        entry.sha256 is not None and entry.sha256 == model.sha256 for entry in opened.catalogue.model
+        (entry.sha256 is not None and entry.sha256 == model.sha256)
+        or (entry.promised and entry.promised == digests)
+        for entry in opened.catalogue.model
     )
     return f"SHA-256 {'verified' if pinned or model.source.startswith('hf:') else 'recorded'}"
 

@@ -10,6 +10,8 @@ import typer
 if TYPE_CHECKING:
     from ayllu.model.config import ModelConfig
     from ayllu.weights.checkpoint import Checkpoint
+    from ayllu.weights.encoder import EncoderCheckpoint
+    from ayllu.weights.installed import InstalledModel
 
 
 def show(
@@ -47,10 +49,13 @@ def _preset_facts(name: str) -> dict[str, Any]:
 def _model_facts(model: str) -> dict[str, Any]:
     from ayllu.settings import load_settings
     from ayllu.weights.checkpoint import open_checkpoint
+    from ayllu.weights.encoder import is_encoder_folder
     from ayllu.weights.hf_config import config_notes
     from ayllu.weights.store import open_store
 
     installed = open_store(load_settings()).find(model)
+    if is_encoder_folder(installed.path):
+        return _encoder_facts(installed)
     checkpoint = open_checkpoint(installed.path)
     return {
         "name": installed.name,
@@ -64,6 +69,37 @@ def _model_facts(model: str) -> dict[str, Any]:
         **_memory(checkpoint.config),
         **({"note": " ".join(notes)} if (notes := config_notes(checkpoint.config)) else {}),
     }
+
+
+def _encoder_facts(installed: InstalledModel) -> dict[str, Any]:
+    from ayllu.weights.encoder import open_encoder
+    from ayllu.weights.encoder_settings import read_encoder_settings
+
+    checkpoint = open_encoder(installed.path)
+    config = checkpoint.config
+    settings = read_encoder_settings(installed.path, config)
+    return {
+        "name": installed.name,
+        "path": str(installed.path),
+        "format": installed.format,
+        "size_on_disk": _gigabytes(installed.size_bytes),
+        "architecture": "bert, an encoder: it turns texts into vectors and cannot talk",
+        "parameters": config.parameters,
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "head_width": config.head_dim,
+        "vocabulary": config.vocab_size,
+        "context": f"{settings.max_tokens} of at most {config.max_position_embeddings} tokens a text",
+        "vectors": f"{config.hidden_size} numbers, {_POOLING[settings.pooling]}",
+        "precision": _precision(checkpoint),
+        "licence": installed.licence,
+        "source": installed.source,
+        "memory_float32": _gigabytes(config.parameters * 4),
+    }
+
+
+_POOLING = {"mean": "the mean of all tokens' states", "cls": "the state of the first token, [CLS]"}
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
@@ -98,7 +134,7 @@ def _layers(config: ModelConfig) -> str:
     return text
 
 
-def _precision(checkpoint: Checkpoint) -> dict[str, str]:
+def _precision(checkpoint: Checkpoint | EncoderCheckpoint) -> dict[str, str]:
     total = sum(checkpoint.bytes_by_encoding.values())
     return {encoding: f"{100 * size / total:.1f}%" for encoding, size in checkpoint.bytes_by_encoding.items()}
 

@@ -30,6 +30,8 @@ from ayllu.weights.hf_fields import Fields
 __all__ = ["config_from_hugging_face", "config_notes", "hugging_face_config", "read_config"]
 
 MAX_CONFIG_BYTES = 4 << 20
+ENCODER_TYPES = ("bert",)
+"""Values of model_type that `weights/encoder.py` opens instead."""
 LIST_SLACK = 4 * MAX_LAYERS
 """Per-layer lists may be longer than the model; they cannot be longer than this."""
 MAX_HEAD_DIM = 1 << 14
@@ -60,6 +62,11 @@ def config_from_hugging_face(config: Mapping[str, Any], file: Path) -> ModelConf
         return _llama4_text(fields, None)
     if model_type == "llama4":
         return _llama4(fields)
+    if model_type in ENCODER_TYPES:
+        raise UnsupportedError(
+            f"{file.parent} is an embedding model ({model_type}): it makes vectors of texts and cannot talk.",
+            "Choose another model; `ayllu list` shows them.",
+        )
     raise UnsupportedError(
         f"{file}: model_type {clip(model_type, 60)!r} is not supported.",
         "Supported are llama, qwen2, llama4 and llama4_text.",

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ayllu.errors import ModelFileError, UnsupportedError, UsageError, clip, one_line
 from ayllu.folder_files import STORE_MANIFEST
+from ayllu.weights.encoder_settings import Pooling
 from ayllu.weights.sources.files import local_model_files
 from ayllu.weights.sources.safe_names import refuse_unless_model_file, safe_digest, safe_model_name
 
@@ -35,7 +36,10 @@ class StoredFile(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What is written beside a model's files: enough to list it, check it and say where it came from."""
+    """What is written beside a model's files: enough to list it, check it and say where it came from.
+
+    `pooling` is the catalogue's word on how an encoder's token states become one vector (`encoder_settings`).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,6 +49,7 @@ class Manifest(BaseModel):
     licence: str
     notice: str
     pulled_at: str
+    pooling: Pooling | None = None
     files: tuple[StoredFile, ...] = Field(min_length=1)
 
 

