@@ -55,6 +55,7 @@ format: $(VENV)/test-ready ## rewrite the code in the house's format
 
 bench: $(VENV)/test-ready ## measure loading and generation; results go to benchmarks/results/
 	@$(BIN)/python benchmarks/conversation.py
+	@$(BIN)/python benchmarks/concurrency.py
 
 docs: $(VENV)/test-ready ## rewrite docs/cli.md from the commands' own help
 	@$(BIN)/python docs/cli_reference.py

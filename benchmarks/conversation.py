@@ -7,24 +7,16 @@ the share of the measured memory bandwidth to benchmarks/results/. Run: python b
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from machine import heading, read_bandwidth, wait_for_quiet, write_result
+
 PROMPT = "Explain in three sentences why the sky is blue."
 NEW_TOKENS = 64
-BUSY_LIMIT = 0.15
-"""Cores that other processes may use before a run counts as noisy."""
-
 PEER = """
 import json, sys, time
 sys.path.insert(0, {root!r})
@@ -64,46 +56,6 @@ print(json.dumps({{
     "load_peak_bytes": peak,
 }}))
 """
-
-
-def busy_cores() -> float:
-    """Cores in use by anyone over one second (Linux)."""
-
-    def ticks() -> tuple[int, int]:
-        values = [int(v) for v in Path("/proc/stat").read_text(encoding="ascii").split("\n")[0].split()[1:]]
-        return sum(values), values[3] + values[4]
-
-    total, idle = ticks()
-    time.sleep(1)
-    total_after, idle_after = ticks()
-    share = 1 - (idle_after - idle) / max(1, total_after - total)
-    return share * (os.cpu_count() or 1)
-
-
-def wait_for_quiet(patience_s: float = 120) -> None:
-    """Return once the machine is quiet; refuse to measure otherwise."""
-    end = time.monotonic() + patience_s
-    while busy_cores() > BUSY_LIMIT:
-        if time.monotonic() > end:
-            sys.exit(
-                f"The machine stayed busy for {patience_s:.0f} s: no result. Stop other work and run again."
-            )
-
-
-def read_bandwidth() -> float:
-    """Bytes per second of reading 1 GiB with all threads: the ceiling of decoding one token at a time."""
-    import torch
-
-    data = torch.ones(1 << 28)
-    data.sum()
-    best = min(_timed(data.sum) for _ in range(5))
-    return data.nbytes / best
-
-
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def run_ayllu(gguf: Path) -> dict[str, float]:
@@ -159,27 +111,14 @@ def main() -> None:
     wait_for_quiet()
     bandwidth = read_bandwidth()
     report = {
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/conversation.py " + " ".join(sys.argv[1:]),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()},
-        "versions": {package: version(package) for package in ("ayllu", "torch", "transformers", "numpy")},
+        **heading("conversation", "ayllu", "torch", "transformers", "numpy"),
         "read_bandwidth_bytes_per_s": bandwidth,
         "models": [measure(name, options.runs, not options.no_peer) for name in options.models],
     }
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"conversation-{report['date']}.json"
-    file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    file = write_result("conversation", report)
     for model in report["models"]:
         _print(model, bandwidth)
     print(f"written to {file}")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _print(model: dict, bandwidth: float) -> None:
