@@ -84,10 +84,11 @@ class Answer:
 
     def finish(self, reason: FinishReason, text: str = "") -> list[Event]:
         """End the answer: what was held back is said, unless it turns out to be a stop string."""
-        more, stop = self._stops.push(self._decoder.finish())
-        if stop is not None:
-            return self._end("stop", text + more, stop)
-        return self._end(reason, text + more + self._stops.finish(), None)
+        more, _ = self._stops.push(self._decoder.finish())
+        # That a stop string is complete may show only now, when a longer one can no longer become of it.
+        text += more + self._stops.finish()
+        stop = self._stops.matched
+        return self._end(reason if stop is None else "stop", text, stop)
 
     def _end(self, reason: FinishReason, text: str, stop: str | None) -> list[Event]:
         self.finished = reason

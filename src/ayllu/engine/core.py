@@ -26,15 +26,13 @@ from ayllu.engine.protocol import EngineStats
 from ayllu.engine.scheduler import Piece, Scheduler
 from ayllu.engine.sequence import Sequence
 from ayllu.engine.step_runner import Adapters, RunnerPiece, StepRunner
+from ayllu.engine.working_memory import LOGIT_ROWS
 from ayllu.errors import AylluError, ContextOverflowError, RequestFailedError, UsageError, clip
 from ayllu.model.config import ModelConfig
 from ayllu.weights.adapter import read_adapter
 
 if TYPE_CHECKING:
     from ayllu.engine.grammar import GrammarCompiler, TokenGrammar
-
-SCORED_ROWS = 32
-"""Rows of logits in memory together while a prompt is scored: each is as long as the vocabulary."""
 
 COMPILE_WAIT_S = 0.01
 MOST_COMPILERS = 2
@@ -232,8 +230,8 @@ class EngineCore:
                 continue
             try:
                 rows = job.scores.rows_needed(piece.start, piece.stop)
-                for first in range(0, len(rows), SCORED_ROWS):
-                    part = rows[first : first + SCORED_ROWS]
+                for first in range(0, len(rows), LOGIT_ROWS):
+                    part = rows[first : first + LOGIT_ROWS]
                     logits = self.runner.logits([(hidden, position - piece.start) for position in part])
                     for position, row in zip(part, logits, strict=True):
                         job.scores.add(position, row)

@@ -80,11 +80,13 @@ class Oracle:
         sampler = Sampler(sampling)
         room = self.context - len(tokens)
         limit = room if max_new_tokens is None else min(room, max_new_tokens)
+        answer: list[int] = []
         logits = self.prefill(tokens, pixels)
         for count in range(1, limit + 1):
-            token = sampler.next_token(logits, self._seen)
+            token = sampler.next_token(logits.float().cpu().numpy(), tokens, answer)
             if token in stop_ids:
                 return
+            answer.append(token)
             yield token
             if count < limit:
                 logits = self.step(token)
