@@ -27,14 +27,14 @@ def resident_bytes() -> int:
         return 0
 
 
-def peak_resident_bytes() -> int:
-    """The largest `resident_bytes` so far; 0 where the system does not tell."""
+def peak_resident_bytes(process_id: int | None = None) -> int:
+    """The largest `resident_bytes` so far, of this process or another; 0 where the system does not tell."""
     try:
         # Not getrusage: its figure starts at the size of the process that launched this one.
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        status = Path(f"/proc/{process_id or 'self'}/status").read_text(encoding="ascii", errors="replace")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except (OSError, ValueError, IndexError):
-        return _peak_by_getrusage()
+        return _peak_by_getrusage() if process_id is None else 0
 
 
 def _peak_by_getrusage() -> int:

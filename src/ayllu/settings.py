@@ -82,7 +82,7 @@ def load_settings(
         if not variable.startswith(ENVIRONMENT_PREFIX) or not value:
             continue
         name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
-        if name == "config":
+        if name in ("config", "api_key"):  # where the file is; and a secret, which is nobody's setting
             continue
         _require_known(name, f"environment variable {variable}")
         values[name], origins[name] = value, variable

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ayllu.engine.loaded_model import Answer
-    from ayllu.settings import Settings
-    from ayllu.weights.installed import InstalledModel
+    from ayllu.engine.reply import Reply
 
 
 def chat(
@@ -52,11 +50,17 @@ def chat(
     """
     from ayllu.chat.messages import Message, user_message
     from ayllu.cli.measure import Timing
+    from ayllu.cli.opening import find_or_pull
     from ayllu.cli.terminal import read_image
-    from ayllu.engine.loaded_model import open_model
+    from ayllu.engine.native import open_engine
+    from ayllu.engine.options import EngineOptions
     from ayllu.engine.parameters import Sampling
+    from ayllu.engine.reply import Reply
+    from ayllu.engine.requests import ChatPrompt, GenerateRequest
+    from ayllu.errors import UsageError
     from ayllu.progress import TerminalProgress
     from ayllu.settings import load_settings
+    from ayllu.weights.encoder import is_encoder_folder
 
     clock = Timing()
     settings = load_settings({"device": device, "dtype": dtype})
@@ -71,44 +75,46 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    installed = _find_or_pull(model, pull, settings)
-    loaded = open_model(
-        installed.path,
-        context=context,
-        device=settings.device,
-        dtype=settings.dtype,
-        progress=TerminalProgress(),
-    )
-    for note in loaded.notes:
-        print(note, file=sys.stderr)
-    if question is None:
-        from ayllu.cli.conversation import Conversation
+    installed = find_or_pull(model, pull, settings)
+    if is_encoder_folder(installed.path):
+        raise UsageError(
+            f"{installed.name} is an embedding model: it makes vectors of texts and cannot talk.",
+            "Choose a model that generates (`ayllu list`).",
+        )
+    options = EngineOptions(context=context, slots=1, device=settings.device, dtype=settings.dtype)
+    with open_engine(installed.path, options, TerminalProgress(), installed.name) as engine:
+        for note in engine.notes:
+            print(note, file=sys.stderr)
+        if question is None:
+            from ayllu.cli.conversation import Conversation
 
-        Conversation(
-            loaded,
-            name=installed.name,
-            system=system,
-            images=images,
-            sampling=sampling,
-            max_tokens=max_tokens,
-            clock=clock if timing else None,
-        ).run()
-        return
-    messages = [*([Message("system", system)] if system else []), user_message(question, images)]
-    answer = loaded.answer(messages, sampling=sampling, max_new_tokens=max_tokens)
-    pieces = _stream(answer, silent=as_json)
-    if as_json:
-        result = {
-            "model": installed.name,
-            "text": "".join(pieces),
-            "finish_reason": answer.finish_reason,
-            "usage": {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.new_tokens},
-        }
-        if timing:
-            result["timing"] = clock.facts(answer, loaded)
-        print(json.dumps(result, ensure_ascii=False))
-    elif timing:
-        clock.report(answer, loaded)
+            Conversation(
+                engine,
+                system=system,
+                images=images,
+                sampling=sampling,
+                max_tokens=max_tokens,
+                clock=clock if timing else None,
+            ).run()
+            return
+        messages = [*([Message("system", system)] if system else []), user_message(question, images)]
+        request = GenerateRequest(
+            prompt=ChatPrompt(tuple(messages)), sampling=sampling, max_new_tokens=max_tokens
+        )
+        reply = Reply(engine.submit(request))
+        pieces = _stream(reply, silent=as_json)
+        if as_json:
+            result: dict[str, object] = {
+                "model": installed.name,
+                "text": "".join(pieces),
+                "finish_reason": reply.finish_reason,
+                "usage": {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.new_tokens},
+            }
+            if timing:
+                result["timing"] = clock.facts(reply, engine)
+            print(json.dumps(result, ensure_ascii=False))
+        elif timing:
+            clock.report(reply, engine)
 
 
 def _at_terminal() -> bool:
@@ -132,35 +138,14 @@ def _question(prompt: str | None) -> str:
     return question
 
 
-def _find_or_pull(model: str | None, pull: bool, settings: Settings) -> InstalledModel:
-    """The model, fetched first only if that was asked for. The default may give way to a smaller one."""
-    from ayllu.errors import UnknownModelError
-    from ayllu.progress import TerminalProgress
-    from ayllu.weights.store import open_store, pull_with_fallback
-
-    store = open_store(settings)
-    try:
-        return store.find(model or settings.default_model)
-    except UnknownModelError:
-        if not pull:
-            raise
-    if model is not None:
-        return store.ensure(model, TerminalProgress(0))
-    print(f"Fetching {settings.default_model}, this happens once.", file=sys.stderr)
-    installed, notes = pull_with_fallback(store, settings.default_model, TerminalProgress(0))
-    for note in notes:
-        print(note, file=sys.stderr)
-    return installed
-
-
-def _stream(answer: Answer, *, silent: bool) -> list[str]:
+def _stream(reply: Reply, *, silent: bool) -> list[str]:
     """The pieces of the answer, written as they come unless silent. Ctrl-C ends the program if it is not
     silent; otherwise the part that is there is the answer."""
     from ayllu.cli.terminal import write_answer
 
     pieces: list[str] = []
     try:
-        for piece in answer:
+        for piece in reply:
             pieces.append(piece)
             if not silent:
                 write_answer(piece)
@@ -168,6 +153,7 @@ def _stream(answer: Answer, *, silent: bool) -> list[str]:
         if not silent:
             print()
             raise typer.Exit(130) from None
+        pieces.append(reply.stop())
     if not silent and not "".join(pieces[-1:]).endswith("\n"):
         print()
     return pieces

@@ -23,19 +23,22 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from ayllu.chat.messages import Message, user_message
 from ayllu.cli.terminal import read_image, write_answer
 from ayllu.engine.parameters import Sampling
+from ayllu.engine.reply import Reply
+from ayllu.engine.requests import ChatPrompt, GenerateRequest
 from ayllu.errors import AylluError, UsageError, did_you_mean
 from ayllu.paths import expanded
 
 if TYPE_CHECKING:
     from ayllu.cli.measure import Timing
-    from ayllu.engine.loaded_model import LoadedModel
+    from ayllu.engine.native import NativeEngine
 
 HELP = """\
 Enter sends; Alt+Enter (or Esc, then Enter) starts a new line. Ctrl-C stops an answer, Ctrl-D leaves.
   /new              start a new conversation (the system prompt stays)
   /system [TEXT]    show or set the system prompt
   /image FILE       put an image before your next message
-  /set [NAME VALUE] show or set temperature, top_p, top_k, min_p, repetition_penalty, seed, max_tokens
+  /set [NAME VALUE] show or set temperature, top_p, top_k, min_p, seed, max_tokens, repetition_penalty,
+                    presence_penalty, frequency_penalty
   /retry            answer the last message again
   /undo             take back the last message and its answer
   /history          print the conversation
@@ -77,17 +80,16 @@ class Conversation:
 
     def __init__(
         self,
-        model: LoadedModel,
+        engine: NativeEngine,
         *,
-        name: str,
         system: str | None,
         images: list[bytes],
         sampling: Sampling,
         max_tokens: int | None,
         clock: Timing | None,
     ) -> None:
-        self.model = model
-        self.name = name
+        self.engine = engine
+        self.name = engine.info.model
         self.system = system
         self.images = images
         self.sampling = sampling
@@ -111,7 +113,8 @@ class Conversation:
 
     def run(self) -> None:
         """Read and answer until the person leaves."""
-        print(f"{self.name}, {self.model.dtype} on {self.model.device}. /help lists the commands.")
+        facts = self.engine.info.facts
+        print(f"{self.name}, {facts['dtype']} on {facts['device']}. /help lists the commands.")
         session: PromptSession[str] = PromptSession(
             history=_history(),
             completer=WordCompleter(list(self.commands), sentence=True),
@@ -166,23 +169,34 @@ class Conversation:
             raise
 
     def _answer(self) -> None:
-        opening = [Message("system", self.system)] if self.system else []
-        answer = self.model.answer(
-            [*opening, *self.messages], sampling=self.sampling, max_new_tokens=self.max_tokens
+        reply = Reply(
+            self.engine.submit(
+                GenerateRequest(
+                    prompt=ChatPrompt(tuple(self._said())),
+                    sampling=self.sampling,
+                    max_new_tokens=self.max_tokens,
+                )
+            )
         )
         pieces: list[str] = []
         try:
-            for piece in answer:
+            for piece in reply:
                 pieces.append(piece)
                 write_answer(piece)
         except KeyboardInterrupt:
+            pieces.append(reply.stop())
+            write_answer(pieces[-1])
             print(" (stopped)", end="")
         print()
-        if answer.finish_reason == "length":
+        if reply.finish_reason == "length":
             print("(the answer reached its longest length; ask to continue)")
         self.messages.append(Message("assistant", "".join(pieces)))
         if self.clock is not None:
-            self.clock.report(answer, self.model)
+            self.clock.report(reply, self.engine)
+
+    def _said(self) -> list[Message]:
+        """The conversation as the model gets it."""
+        return [*([Message("system", self.system)] if self.system else []), *self.messages]
 
     def _new(self, _: str) -> None:
         self.messages.clear()
@@ -205,7 +219,7 @@ class Conversation:
         print(f"{len(self.images)} image(s) go with your next message.")
 
     def _set(self, text: str) -> None:
-        fields = {field.name: field for field in dataclasses.fields(Sampling)}
+        fields = [field.name for field in dataclasses.fields(Sampling) if field.name != "logit_bias"]
         known = [*fields, "max_tokens"]
         if text:
             name, _, value = text.partition(" ")
@@ -274,12 +288,13 @@ class Conversation:
         print(f"Loaded {len(messages)} messages.")
 
     def _model(self, _: str) -> None:
-        opening = [Message("system", self.system)] if self.system else []
-        said = [*opening, *self.messages]
-        used = len(self.model.chat_format.render(said).token_ids) if said else 0
-        millions = self.model.checkpoint.config.parameters / 1e6
-        print(f"{self.name}: {millions:,.0f}M parameters, {self.model.dtype} on {self.model.device}")
-        print(f"context: {used} of {self.model.oracle.context} tokens")
+        said = self._said()
+        files, info = self.engine.files, self.engine.info
+        used = len(files.chat_format.render(said).token_ids) if said else 0
+        millions = files.checkpoint.config.parameters / 1e6
+        print(f"{self.name}: {millions:,.0f}M parameters, {info.facts['dtype']} on {info.facts['device']}")
+        print(f"context: {used} of {info.context} tokens")
+        print(f"memory: {info.facts['memory']}")
 
     def _exit(self, _: str) -> None:
         raise SystemExit

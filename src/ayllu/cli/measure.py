@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from ayllu import process
 
 if TYPE_CHECKING:
-    from ayllu.engine.loaded_model import Answer, LoadedModel
+    from ayllu.engine.native import NativeEngine
+    from ayllu.engine.reply import Reply
 
 
 class Timing:
@@ -22,35 +23,38 @@ class Timing:
     def _since_start(self, moment: float) -> float:
         return self._age + moment - self._zero
 
-    def facts(self, answer: Answer, model: LoadedModel) -> dict[str, float | int | None]:
+    def facts(self, reply: Reply, engine: NativeEngine) -> dict[str, float | int | None]:
         """Seconds since process start, tokens per second and bytes, by name."""
-        first = answer.first_token_at
-        prefill = answer.prefill_seconds
+        first = reply.first_token_at
+        prefill = reply.prefill_seconds
+        facts = engine.info.facts
         return {
-            "loaded_s": self._since_start(model.loaded_at),
+            "loaded_s": self._since_start(engine.loaded_at),
             "first_token_s": None if first is None else self._since_start(first),
-            "prompt_tokens_per_s": None if prefill is None else answer.prompt_tokens / max(prefill, 1e-9),
-            "answer_tokens_per_s": answer.decode_tokens_per_second,
-            "weight_bytes": model.weight_bytes,
-            "load_peak_bytes": model.load_peak_bytes,
-            "process_peak_bytes": process.peak_resident_bytes(),
+            "prompt_tokens_per_s": None if prefill is None else reply.prompt_tokens / max(prefill, 1e-9),
+            "answer_tokens_per_s": reply.decode_tokens_per_second,
+            "weight_bytes": int(facts["weight_bytes"]),
+            "load_peak_bytes": int(facts["load_peak_bytes"]),
+            "process_peak_bytes": process.peak_resident_bytes(engine.process_id),
         }
 
-    def report(self, answer: Answer, model: LoadedModel) -> None:
+    def report(self, reply: Reply, engine: NativeEngine) -> None:
         """Print the facts of an answer to standard error."""
-        facts = self.facts(answer, model)
-        lines = [f"model        {model.checkpoint.path.name}, {model.dtype} on {model.device}"]
+        facts = self.facts(reply, engine)
+        told = engine.info.facts
+        lines = [f"model        {engine.info.model}, {told['dtype']} on {told['device']}"]
         for label, name, unit in (
             ("loaded", "loaded_s", "s after process start"),
             ("first token", "first_token_s", "s after process start"),
-            ("prompt", "prompt_tokens_per_s", f"tokens/s, {answer.prompt_tokens} tokens"),
-            ("answer", "answer_tokens_per_s", f"tokens/s, {answer.new_tokens} tokens"),
+            ("prompt", "prompt_tokens_per_s", f"tokens/s, {reply.prompt_tokens} tokens"),
+            ("answer", "answer_tokens_per_s", f"tokens/s, {reply.new_tokens} tokens"),
         ):
             if (value := facts[name]) is not None:
                 lines.append(f"{label:<12} {value:.2f} {unit}")
-        peak, weights = model.load_peak_bytes, model.weight_bytes
+        peak, weights = int(told["load_peak_bytes"]), int(told["weight_bytes"])
         lines.append(
             f"memory       loading took {peak / 1e6:.0f} MB at its peak, "
             f"{peak / weights:.2f} of the weights' {weights / 1e6:.0f} MB"
         )
+        lines.append(f"plan         {told['memory']}")
         print("\n".join(lines), file=sys.stderr)

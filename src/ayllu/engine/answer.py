@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ayllu.chat.detokenizer import StreamDecoder
 from ayllu.chat.tokenizer import Tokenizer
-from ayllu.engine.events import AnswerFinished, Event, FinishReason, TextDelta, TokenLogprob
+from ayllu.engine.events import AnswerFinished, Event, FinishReason, PromptScored, TextDelta, TokenLogprob
 from ayllu.engine.prepared import PreparedRequest
 from ayllu.engine.sampling import Sampler, logprobs_of
 from ayllu.engine.sequence import Sequence
@@ -126,7 +126,7 @@ class PromptScores:
         self._tokens = request.token_ids
         self._alternatives = request.prompt_logprobs
         self._tokenizer = tokenizer
-        self.logprobs: list[TokenLogprob | None] = [None] * len(request.token_ids)
+        self._logprobs: list[TokenLogprob | None] = [None] * len(request.token_ids)
 
     def rows_needed(self, start: int, stop: int) -> AbstractSequence[int]:
         """Positions of a piece [start, stop) whose logits tell of a next token of the prompt."""
@@ -135,4 +135,10 @@ class PromptScores:
     def add(self, position: int, logits: NDArray[np.float32]) -> None:
         """The logits [vocab_size] at `position` say how likely the token after it was."""
         token = self._tokens[position + 1]
-        self.logprobs[position + 1] = token_logprob(self._tokenizer, logits, token, self._alternatives)
+        self._logprobs[position + 1] = token_logprob(self._tokenizer, logits, token, self._alternatives)
+
+    def event(self) -> PromptScored:
+        """All of them."""
+        first = self._tokens[0]
+        shown = b"" if self._tokenizer.is_control(first) else _bytes(self._tokenizer, first)
+        return PromptScored(tuple(self._tokens), tuple(self._logprobs), shown)

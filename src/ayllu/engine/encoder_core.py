@@ -40,7 +40,7 @@ class EncoderCore:
         self._waiting = waiting
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._unsaid: Said = []
-        self._counts: dict[str, int] = Counter()
+        self._counts: Counter[str] = Counter()
         self.facts = CoreFacts(
             context=model.context,
             slots=1,
@@ -113,4 +113,12 @@ class EncoderCore:
 
     def stats(self) -> EngineStats:
         """Counts now, and totals so far."""
-        return EngineStats(waiting=len(self._open), **dict(self._counts))
+        counts = self._counts
+        return EngineStats(
+            waiting=len(self._open),
+            prompt_tokens=counts["prompt_tokens"],
+            finished=counts["finished"],
+            failed=counts["failed"],
+            cancelled=counts["cancelled"],
+            steps=counts["steps"],
+        )

@@ -40,10 +40,12 @@ class Started:
 
 @dataclass(frozen=True)
 class PromptScored:
-    """The prompt's tokens with their log-probabilities; the first has none (None)."""
+    """The prompt's tokens with their log-probabilities; the first has none (None), but its text may be told:
+    `first_bytes`, empty for a control token."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]
+    first_bytes: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ayllu.chat.tokenizer import Tokenizer
 from ayllu.engine.answer import Answer, Grammar, PromptScores
-from ayllu.engine.events import Done, Event, PromptScored, Started
+from ayllu.engine.events import Done, Event, Started
 from ayllu.engine.prepared import EmbeddingsReady, PreparedEmbedding, PreparedImage, PreparedRequest
 from ayllu.engine.sequence import BlockKeys, Sequence
 
@@ -92,7 +92,7 @@ class GenerationJob:
         if self.scores is None:
             return []
         scores, self.scores = self.scores, None
-        return [PromptScored(tuple(self.request.token_ids), tuple(scores.logprobs))]
+        return [scores.event()]
 
     def closing(self) -> list[Event]:
         """The last event, once all answers are finished."""
