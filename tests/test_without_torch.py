@@ -29,7 +29,7 @@ def test_readers_tokenizers_formats_and_presets_work(smollm2_gguf: Path) -> None
         "from ayllu.model.presets import PRESETS\n"
         "from ayllu.model.parameters import parameter_shapes\n"
         "import ayllu.weights.gguf_export, ayllu.weights.hf_save, ayllu.weights.store, ayllu.chat.toolcalls\n"
-        "import ayllu.chat.images, ayllu.model.rope_frequencies, ayllu.engine.loaded_model\n"
+        "import ayllu.chat.images, ayllu.model.rope_frequencies, ayllu.engine.model_files\n"
         "checkpoint = open_checkpoint(Path(sys.argv[1]))\n"
         "tokenizer = tokenizer_from_gguf(checkpoint.metadata, checkpoint.path)\n"
         "form = chat_format_for(tokenizer, checkpoint.metadata['tokenizer.chat_template'], 'llama')\n"

@@ -149,10 +149,10 @@ def test_a_plan_fits_and_keeps_every_wish(case, part, bytes_per_value) -> None:
 
 def _ways(error: NoSpaceError) -> list[Wish]:
     commands = re.findall(
-        r"`ayllu chat some-model --context (\d+) --slots (\d+)( --dtype bfloat16)?`", error.fix
+        r"`ayllu chat some-model --context (\d+)(?: --slots (\d+))?( --dtype bfloat16)?`", error.fix
     )
     ways = [
-        {"context": int(context), "slots": int(slots), "bfloat16": bool(dtype)}
+        {"context": int(context), "slots": int(slots or 1), "bfloat16": bool(dtype)}
         for context, slots, dtype in commands
     ]
     for numbers in re.findall(r"kv_bytes from ([\d,]+) to ([\d,]+)", error.fix):
@@ -287,6 +287,11 @@ def test_the_offer_in_bfloat16_is_what_would_be_planned_there() -> None:
     assert 1 < plan.slots < DEFAULT_SLOTS
     with pytest.raises(NoSpaceError, match=f"--context {plan.context} --slots {plan.slots} --dtype bfloat16"):
         _plan(config, smallest.total_bytes - 1, 4)
+
+
+def test_a_conversation_is_offered_without_slots_and_under_its_own_command() -> None:
+    with pytest.raises(NoSpaceError, match=r"`ayllu chat smol --context \d+`"):
+        _plan(SMOLLM2, 500 << 20, 2, context=8192, slots=1, command="ayllu chat smol")
 
 
 def test_a_name_with_spaces_can_be_pasted_into_a_shell() -> None:

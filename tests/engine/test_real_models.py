@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ayllu.engine.loaded_model import tokenizer_for
+from ayllu.engine.model_files import tokenizer_for
 from ayllu.engine.oracle import Oracle
 from ayllu.engine.parameters import Sampling
 from ayllu.weights.checkpoint import open_checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -115,6 +116,7 @@ def batch(
             def open_engine() -> tuple[Engine, list[str]]:
                 if endpoint is None:
                     return _open_native(
+                        file,
                         model or only,
                         pull=pull,
                         slots=slots,
@@ -166,6 +168,7 @@ def _adapters(given: list[str]) -> dict[str, Path]:
 
 
 def _open_native(
+    file: Path,
     model: str | None,
     *,
     pull: bool,
@@ -190,6 +193,7 @@ def _open_native(
         device=settings.device,
         dtype=settings.dtype,
         deterministic=deterministic,
+        command=shlex.join(["ayllu", "batch", str(file), *(["--model", model] if model else [])]),
     )
     engine = open_engine(installed.path, options, TerminalProgress(), installed.name)
     for note in engine.notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -81,7 +82,13 @@ def chat(
             f"{installed.name} is an embedding model: it makes vectors of texts and cannot talk.",
             "Choose a model that generates (`ayllu list`).",
         )
-    options = EngineOptions(context=context, slots=1, device=settings.device, dtype=settings.dtype)
+    options = EngineOptions(
+        context=context,
+        slots=1,
+        device=settings.device,
+        dtype=settings.dtype,
+        command=f"ayllu chat {shlex.quote(model or installed.name)}",
+    )
     with open_engine(installed.path, options, TerminalProgress(), installed.name) as engine:
         for note in engine.notes:
             print(note, file=sys.stderr)

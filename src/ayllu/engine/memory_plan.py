@@ -295,8 +295,14 @@ def _command(choice: _Choice, model_name: str, dtype: str | None = None) -> str 
     found = next(_fitting(choice), None)
     if found is None:
         return None
-    words = ["ayllu", "chat", shlex.quote(model_name), "--context", str(found[0]), "--slots", str(found[1])]
-    return f"`{' '.join([*words, *(['--dtype', dtype] if dtype else [])])}`"
+    context, slots = found
+    words = [choice.options.command or f"ayllu chat {shlex.quote(model_name)}", f"--context {context}"]
+    if (slots, choice.options.slots) != (1, 1):
+        # A conversation has one slot and no such flag.
+        words.append(f"--slots {slots}")
+    if dtype:
+        words.append(f"--dtype {dtype}")
+    return f"`{' '.join(words)}`"
 
 
 def _fitting(choice: _Choice) -> Iterator[tuple[int, int]]:

@@ -9,11 +9,11 @@ from pathlib import Path
 from ayllu import process
 from ayllu.engine.core import EngineCore
 from ayllu.engine.encoder_core import EncoderCore
-from ayllu.engine.machine_memory import available_memory
 from ayllu.engine.memory_plan import MemoryPlan, plan_memory
 from ayllu.engine.model_files import tokenizer_for
 from ayllu.engine.options import EngineOptions
 from ayllu.engine.prepared import CoreFacts
+from ayllu.machine_memory import available_memory
 from ayllu.progress import SILENT, Progress
 from ayllu.weights.checkpoint import Checkpoint, open_checkpoint
 from ayllu.weights.encoder import is_encoder_folder

@@ -24,7 +24,8 @@ class EngineOptions:
     block_tokens: tokens per cache block. kv_bytes: memory of the cache (None: as planned from what is free).
     prefix_cache: whether beginnings of prompts are remembered. image_cache_bytes: memory of image features.
     deterministic: compute each sequence alone and cut prompts at fixed places, so that an answer is the same
-    to the bit whatever else runs; slower.
+    to the bit whatever else runs; slower. command: what was typed to start it, so that a refusal can name a
+    command that works (None: `ayllu chat` with the model's name).
     """
 
     context: int | None = None
@@ -38,6 +39,7 @@ class EngineOptions:
     deterministic: bool = False
     device: str = "auto"
     dtype: str = "auto"
+    command: str | None = None
 
     def __post_init__(self) -> None:
         if self.context is not None:

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 from ayllu.errors import MissingExtraError, NoSpaceError, UsageError
 
@@ -26,6 +25,7 @@ except ImportError as error:
 import numpy as np
 from torch import Tensor
 
+from ayllu.machine_memory import available_memory
 from ayllu.model.decoder import Decoder
 from ayllu.model.parameters import parameter_shapes
 from ayllu.progress import SILENT, Progress
@@ -82,29 +82,14 @@ def memory_bytes(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
 
 def require_memory(needed: int, device: torch.device) -> None:
     """Refuse a load that cannot fit, before it starts. Raises NoSpaceError with the numbers."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        free = _available_memory()
-    else:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if free is None:
         return
     if needed > free:
         raise NoSpaceError(
             f"The model needs {needed / 1e9:.1f} GB of memory on {device}, {free / 1e9:.1f} GB is free.",
             "Use a smaller model (`ayllu list`) or --dtype bfloat16.",
         )
-
-
-def _available_memory() -> int:
-    # MemAvailable counts the page cache that the system would give back; free pages alone would not.
-    try:
-        with Path("/proc/meminfo").open(encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def load_decoder(

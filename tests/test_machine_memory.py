@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ayllu.engine.machine_memory import available_memory
+from ayllu.machine_memory import available_memory
 
 MEMINFO = "MemTotal:       16000000 kB\nMemFree:  100 kB\nMemAvailable:    8000000 kB\n"
 MACHINE = 8_000_000 * 1024

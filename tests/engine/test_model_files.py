@@ -1,4 +1,4 @@
-"""From a folder to an answer: a small Llama 4 with its own vocabulary sees pictures; templates are found."""
+"""From a folder to an answer through the engine: a small Llama 4 sees pictures; templates are found."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from PIL import Image
 
 from ayllu.chat.messages import Message, user_message
 from ayllu.chat.tokenizer import load_tokenizer
-from ayllu.engine.loaded_model import chat_template, open_model
+from ayllu.engine.model_files import chat_template
+from ayllu.engine.native import open_engine
+from ayllu.engine.options import EngineOptions
 from ayllu.engine.parameters import Sampling
+from ayllu.engine.reply import Reply
+from ayllu.engine.requests import ChatPrompt, GenerateRequest
 from ayllu.errors import ContextOverflowError, ModelFileError, UsageError
 from ayllu.weights.checkpoint import Checkpoint, open_checkpoint
 from ayllu.weights.hf_save import save_folder
@@ -40,35 +44,37 @@ def _picture(size: tuple[int, int], colour: str) -> bytes:
     return data.getvalue()
 
 
-def test_a_small_llama4_folder_answers_about_a_picture(tmp_path: Path) -> None:
-    model = open_model(_llama4_folder(tmp_path), dtype="float32")
-    text_only = model.answer([user_message("what?")], sampling=GREEDY, max_new_tokens=4)
-    one_tile = model.answer(
-        [user_message("what?", [_picture((40, 40), "red")])], sampling=GREEDY, max_new_tokens=4
-    )
-    # One tile of 4x4 patches, shuffled 2x2, is 4 rows between the start, image and end markers.
-    assert one_tile.prompt_tokens - text_only.prompt_tokens == 4 + 3
-    four_tiles = model.answer(
-        [user_message("what?", [_picture((112, 112), "red")])], sampling=GREEDY, max_new_tokens=4
-    )
-    assert four_tiles.prompt_tokens - text_only.prompt_tokens == 4 * 5 + 4 + 3
-    for answer in (text_only, one_tile, four_tiles):
-        assert isinstance("".join(answer), str)
-        assert answer.new_tokens <= 4
-        assert answer.finish_reason in ("stop", "length")
+def _request(message: Message, **changes: object) -> GenerateRequest:
+    return GenerateRequest(prompt=ChatPrompt((message,)), sampling=GREEDY, max_new_tokens=4, **changes)
 
 
-def test_a_model_without_a_tower_refuses_pictures(tmp_path: Path) -> None:
-    model = open_model(_llama4_folder(tmp_path, vision=False), dtype="float32")
-    answer = model.answer([user_message("what?", [_picture((40, 40), "red")])], sampling=GREEDY)
-    with pytest.raises(UsageError, match="reads no images"):
-        list(answer)
+def test_a_small_llama4_folder_answers_about_pictures(tmp_path: Path) -> None:
+    """Each picture takes its places in the prompt, is cut into tiles, and is read by the tower."""
+    with open_engine(_llama4_folder(tmp_path), EngineOptions(dtype="float32", context=120)) as engine:
+        assert engine.info.reads_images
+        replies = [
+            Reply(engine.submit(_request(user_message("what?", pictures))))
+            for pictures in ([], [_picture((40, 40), "red")], [_picture((112, 112), "red")])
+        ]
+        texts = ["".join(reply) for reply in replies]
+        text_only, one_tile, four_tiles = (reply.prompt_tokens for reply in replies)
+        # One tile of 4x4 patches, shuffled 2x2, is 4 rows between the start, image and end markers.
+        assert one_tile - text_only == 4 + 3
+        assert four_tiles - text_only == 4 * 5 + 4 + 3
+        assert len(texts) == 3
+        for reply in replies:
+            assert reply.new_tokens <= 4
+            assert reply.finish_reason in ("stop", "length")
+        with pytest.raises(ContextOverflowError, match="holds 120"):
+            engine.submit(_request(Message("user", "word " * 90)))
 
 
-def test_a_conversation_beyond_the_context_is_refused_with_the_numbers(tmp_path: Path) -> None:
-    model = open_model(_llama4_folder(tmp_path), dtype="float32", context=32)
-    with pytest.raises(ContextOverflowError, match="holds 32"):
-        list(model.answer([Message("user", "word " * 60)], sampling=GREEDY))
+def test_a_model_without_a_tower_refuses_pictures_and_goes_on(tmp_path: Path) -> None:
+    folder = _llama4_folder(tmp_path, vision=False)
+    with open_engine(folder, EngineOptions(dtype="float32")) as engine:
+        with pytest.raises(UsageError, match="reads no images"):
+            engine.submit(_request(user_message("what?", [_picture((40, 40), "red")])))
+        assert "".join(Reply(engine.submit(_request(Message("user", "what?"))))) is not None
 
 
 def _folder_checkpoint(folder: Path) -> Checkpoint:
@@ -142,8 +148,7 @@ def test_a_folder_with_tokenizer_json_and_template_answers(tmp_path: Path) -> No
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
         encoding="utf-8",
     )
-    answer = open_model(folder, dtype="float32").answer(
-        [Message("user", "hi")], sampling=GREEDY, max_new_tokens=3
-    )
-    list(answer)
-    assert answer.prompt_tokens > 3
+    with open_engine(folder, EngineOptions(dtype="float32")) as engine:
+        reply = Reply(engine.submit(_request(Message("user", "hi"))))
+        "".join(reply)
+        assert reply.prompt_tokens > 3
