@@ -70,7 +70,7 @@ def fetch_cases(count: int) -> list[dict[str, Any]]:
 def request_of(case: dict[str, Any]) -> Any:
     """The same request for both engines. Function names without dots, which OpenAI's rules exclude."""
     from ayllu.chat.messages import Message, ToolDefinition
-    from ayllu.engine.grammar_keywords import normalised_parameters
+    from ayllu.engine.tool_parameters import normalised_parameters
     from ayllu.engine.parameters import Sampling
     from ayllu.engine.requests import ChatPrompt, GenerateRequest, ToolUse
 

@@ -1,42 +1,43 @@
-"""The conversation's commands, with a model that answers at once or fails on demand."""
+"""The conversation's commands, with an engine that answers at once or fails on demand."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from ayllu.chat.messages import Message
 from ayllu.cli.conversation import Conversation
 from ayllu.cli.terminal import write_answer
+from ayllu.engine.events import AnswerFinished, Done, TextDelta
 from ayllu.engine.parameters import Sampling
+from ayllu.engine.protocol import EngineInfo, Stream
+from ayllu.engine.requests import GenerateRequest
 from ayllu.errors import AylluError, ContextOverflowError, UsageError
 
 
-class _Answer(SimpleNamespace):
-    def __iter__(self):
-        return iter(self.pieces)
-
-
-class _Model:
+class _Engine:
     """Answers 'yes'; raises `failure` instead when one is set."""
 
     def __init__(self) -> None:
+        self.info = EngineInfo(model="m", context=100)
         self.failure: BaseException | None = None
         self.asked: list[list[Message]] = []
 
-    def answer(self, messages, **_):
+    def submit(self, request: GenerateRequest) -> Stream:
         if self.failure is not None:
             raise self.failure
-        self.asked.append(list(messages))
-        return _Answer(pieces=["ye", "s"], finish_reason="stop")
+        self.asked.append(list(request.prompt.messages))
+        stream = Stream(request.id, lambda: None, None)
+        for event in (TextDelta(0, "ye"), TextDelta(0, "s"), AnswerFinished(0, "stop", 2), Done(9, 2)):
+            stream.put(event)
+        return stream
 
 
 @pytest.fixture
 def conversation() -> Conversation:
     return Conversation(
-        _Model(), name="m", system="Be brief.", images=[], sampling=Sampling(), max_tokens=None, clock=None
+        _Engine(), system="Be brief.", images=[], sampling=Sampling(), max_tokens=None, clock=None
     )
 
 
@@ -47,7 +48,7 @@ def _turns(conversation: Conversation) -> list[tuple[str, str]]:
 def test_turns_are_kept_and_the_system_prompt_leads(conversation: Conversation) -> None:
     conversation.handle("one?")
     conversation.handle("two?")
-    assert [message.role for message in conversation.model.asked[1]] == [
+    assert [message.role for message in conversation.engine.asked[1]] == [
         "system",
         "user",
         "assistant",
@@ -60,7 +61,7 @@ def test_turns_are_kept_and_the_system_prompt_leads(conversation: Conversation) 
 def test_what_cannot_be_answered_is_not_kept(conversation: Conversation, failure: BaseException) -> None:
     conversation.handle("one?")
     before = _turns(conversation)
-    conversation.model.failure = failure
+    conversation.engine.failure = failure
     for line in ("two?", "/retry"):
         with pytest.raises((AylluError, KeyboardInterrupt)):
             conversation.handle(line)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ayllu.chat.images import ImageConfig, TiledImage
 from ayllu.chat.messages import ImagePart, Message, ToolDefinition
@@ -42,6 +42,23 @@ class Prompt:
     images: tuple[TiledImage, ...] = ()
 
 
+@dataclass(frozen=True)
+class CallLayout:
+    """How the models of a format write tool calls, for whoever wants to hold them to it.
+
+    style: JSON objects `{"name": ..., arguments_key: {...}}`, or one list of Python calls. opening, closing:
+    what stands before and after each call, and between: what stands between two. region: special tokens that
+    may stand before and after all calls; they mean nothing where the vocabulary does not have them.
+    """
+
+    style: Literal["json", "pythonic"] = "json"
+    arguments_key: str = "parameters"
+    opening: str = ""
+    closing: str = ""
+    between: str = "\n"
+    region: tuple[str, str] | None = None
+
+
 class ChatFormat(Protocol):
     """How one family of models writes a conversation."""
 
@@ -52,6 +69,10 @@ class ChatFormat(Protocol):
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end the model's turn."""
+
+    @property
+    def call_layout(self) -> CallLayout:
+        """How tool calls are written. What is written so, `tool_call_parser` reads."""
 
     def render(
         self,
@@ -159,6 +180,7 @@ class PlainFormat:
         self._tokenizer = tokenizer
         self._layout = layout
         self.name = layout.name
+        self.call_layout = CallLayout()
         self.stop_ids = tokenizer.stop_ids | {tokenizer.specials[layout.ending]}
 
     def render(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ayllu.chat.formats import Prompt, PromptBuilder, TextEncoder, openai_tool, to_json
+from ayllu.chat.formats import CallLayout, Prompt, PromptBuilder, TextEncoder, openai_tool, to_json
 from ayllu.chat.images import ImageConfig, TiledImage, tile_image
 from ayllu.chat.llama4_tokens import STOP_NAMES
 from ayllu.chat.messages import ImagePart, Message, TextPart, ToolCall, ToolDefinition
@@ -58,6 +58,9 @@ class Llama4Format:
         self._call_style = call_style
         self._tool_turn_end = tool_turn_end
         self._image_config = image_config or ImageConfig()
+        self.call_layout = CallLayout(
+            style=call_style, between="", region=("<|python_start|>", "<|python_end|>")
+        )
         known = (tokenizer.specials[name] for name in STOP_NAMES if name in tokenizer.specials)
         self.stop_ids = tokenizer.stop_ids | frozenset(known)
 

@@ -15,7 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from ayllu.chat.formats import Prompt, PromptBuilder, TextEncoder, openai_tool, refuse_images, special_name
+from ayllu.chat.formats import (
+    CallLayout,
+    Prompt,
+    PromptBuilder,
+    TextEncoder,
+    openai_tool,
+    refuse_images,
+    special_name,
+)
 from ayllu.chat.messages import Message, ToolCall, ToolDefinition
 from ayllu.chat.template_sandbox import SandboxedTemplate
 from ayllu.chat.toolcalls import ToolCallParser
@@ -45,6 +53,7 @@ class TemplateFormat:
         used = [value for name, value in self._variables.items() if name in self._template.names]
         self._markers = TemplateMarkers(tokenizer.specials, [*self._template.literals, *used])
         self.stop_ids = tokenizer.stop_ids
+        self.call_layout = _call_layout("\n".join(self._template.literals))
 
     def render(
         self,
@@ -97,6 +106,14 @@ class TemplateFormat:
     def tool_call_parser(self, tools: Sequence[ToolDefinition] | None = None) -> ToolCallParser:
         """See `ChatFormat.tool_call_parser`."""
         return ToolCallParser(tools)
+
+
+def _call_layout(literals: str) -> CallLayout:
+    """How the models of a template with these texts write calls: tagged as Qwen's, or bare as Llama's."""
+    if "<tool_call>" in literals:
+        return CallLayout(arguments_key="arguments", opening="<tool_call>\n", closing="\n</tool_call>")
+    only_arguments = '"arguments"' in literals and '"parameters"' not in literals
+    return CallLayout(arguments_key="arguments" if only_arguments else "parameters")
 
 
 class TemplateMarkers:

@@ -187,7 +187,8 @@ class BlockCache:
         size = self.block_tokens
         before, sequence.computed = sequence.computed, length
         known = length if remember_up_to is None else min(length, remember_up_to)
-        keys = sequence.keys.up_to(sequence.tokens, known // size) if self.remembers else []
+        full = known // size if self.remembers else 0
+        keys = sequence.keys.up_to(sequence.tokens, full) if full > before // size else []
         for group, pool, table in zip(self.groups, self.pools, sequence.tables, strict=True):
             start = 0 if group.chunk is None else before // group.chunk * group.chunk
             for index in range(before // size, len(keys)):

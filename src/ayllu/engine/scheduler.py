@@ -1,24 +1,28 @@
 """Which tokens are computed in the next step, whose turn it is, and who must give way. Needs no torch.
 
-Order is start-time fair queueing (Goyal et al., 1996): each tenant has its own clock, which runs ahead with
-the tokens it uses, and a request's rank is its tenant's clock when it came, less a head start for its
-priority. The clock of all, which no newcomer may undercut, advances with the work done: so nobody can be
-overtaken for ever.
+Order is start-time fair queueing (Goyal et al., 1996), charged as costs become known (Sheng et al., 2024).
+Each tenant has a line per priority, and a clock that runs ahead with the tokens computed for it. Who comes
+first in a line gets a rank: the tenant's clock, less a head start for the priority. The clock of all, which
+no newcomer undercuts, advances with the work done: so nobody is overtaken for ever (see `Scheduler`).
 """
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ayllu.engine.block_cache import BlockCache
 from ayllu.engine.sequence import Sequence
-from ayllu.errors import ContextOverflowError, OverloadedError
+from ayllu.errors import ContextOverflowError, OverloadedError, UsageError
 
 PRIORITY_TOKENS = 16_384
 """Head start of one level of priority, in tokens of work: a request of a higher level goes first unless the
-other has waited while so much was done for its tenant's share."""
+other has been first in its line while so much was done for each tenant."""
+
+FEW_TENANTS = 1024
+"""Clocks of tenants that are kept without looking which of them are still ahead of the clock of all."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,30 @@ class Piece:
         return self.stop == len(self.sequence.tokens)
 
 
+@dataclass
+class _Tenant:
+    """clock: tokens computed for it, never behind the clock of all when it comes. open: its sequences. lines:
+    those that have never run, per priority; only the first of a line has a rank."""
+
+    clock: float
+    open: int = 0
+    lines: dict[int, OrderedDict[Sequence, None]] = field(default_factory=dict)
+
+
 class Scheduler:
     """Moves sequences between waiting and running. Not for use by two threads.
 
     slots: most sequences that run; step_tokens: most tokens of a step (at least one per slot); waiting: most
     sequences that queue. fixed_piece: compute prompts in pieces that end at multiples of it whatever else is
-    running, and answers token by token even after a preemption.
+    running (so the first prompts in the order take what there is), and answers token by token even after a
+    preemption.
+
+    How long a sequence waits once it is first in its line, with rank r: whoever comes after the clock of all
+    has reached r + H, where H is the head start of the highest priority, cannot overtake it. Until then at
+    most (r + H - clock) x T + step_tokens tokens are computed, T being the most tenants with work; after then
+    at most what those already here may still compute. Tokens computed again after a preemption are not
+    counted: only a step that lacks blocks preempts, never the first in the order, and in every step the first
+    gets on.
     """
 
     def __init__(
@@ -61,17 +83,21 @@ class Scheduler:
         self.preempted = 0
         self._fixed_piece = fixed_piece
         self._chunks = sorted({group.chunk for group in cache.groups if group.chunk is not None})
-        self._waiting: list[Sequence] = []
+        # Both in order. Waiting with a rank: the first of each line, and those that were preempted.
+        self._ranked: list[Sequence] = []
         self._running: list[Sequence] = []
+        self._followers: dict[Sequence, list[Sequence]] = {}
+        self._open = 0
         self._arrivals = 0
         self._clock = 0.0
-        self._tenant_clocks: dict[str, float] = {}
-        self._tenant_sequences: dict[str, int] = {}
+        self._tenants: dict[str, _Tenant] = {}
+        self._tenants_open = 0
+        self._most_tenants = FEW_TENANTS
 
     @property
     def waiting(self) -> int:
         """Sequences in the queue."""
-        return len(self._waiting)
+        return self._open - len(self._running)
 
     @property
     def running(self) -> int:
@@ -80,10 +106,15 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return self._open > 0
 
     def require_room(self, sequences: int) -> None:
-        """Raises OverloadedError when the queue cannot take so many more."""
+        """Raises OverloadedError when the queue cannot take so many more now, UsageError when it never can."""
+        if sequences > self.most_waiting + self.slots:
+            raise UsageError(
+                f"{sequences} sequences at once; at most {self.slots} can run and {self.most_waiting} wait.",
+                "Ask for fewer at a time, or give the engine a longer queue.",
+            )
         if self.waiting + sequences > self.most_waiting + self.slots - self.running:
             raise OverloadedError(
                 f"The queue is full: {self.waiting} sequences wait, at most {self.most_waiting} may.",
@@ -105,79 +136,145 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence into the queue."""
-        tenant = sequence.owner.tenant
-        start = max(self._clock, self._tenant_clocks.get(tenant, 0.0))
-        self._tenant_clocks[tenant] = start + sequence.prompt_tokens
-        self._tenant_sequences[tenant] = self._tenant_sequences.get(tenant, 0) + 1
-        sequence.rank = start - PRIORITY_TOKENS * sequence.owner.priority
+        tenant = self._tenant(sequence)
+        self._tenants_open += tenant.open == 0
+        tenant.open += 1
+        self._open += 1
         sequence.number = self._arrivals
         self._arrivals += 1
-        insort(self._waiting, sequence, key=_order)
+        sequence.arrived = self._clock
+        leader = sequence.leader
+        if leader is not None and not leader.prompt_done:
+            self._followers.setdefault(leader, []).append(sequence)
+        else:
+            tenant.lines.setdefault(sequence.owner.priority, OrderedDict())[sequence] = None
+            self._rank_first(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a finished, failed or cancelled sequence out, wherever it is."""
-        if sequence in self._running:
-            self._running.remove(sequence)
+        if _discard(self._running, sequence):
             self.cache.close(sequence)
-        else:
-            self._waiting.remove(sequence)
-        tenant = sequence.owner.tenant
-        self._tenant_sequences[tenant] -= 1
-        if not self._tenant_sequences[tenant]:
-            # A tenant without work keeps no clock ahead of the others': it would be a memory without end.
-            del self._tenant_sequences[tenant], self._tenant_clocks[tenant]
+        elif not _discard(self._ranked, sequence) and sequence.leader in self._followers:
+            self._followers[sequence.leader].remove(sequence)
+        self._leave_line(sequence)
+        self._free_followers(sequence)
+        tenant = self._tenant(sequence)
+        if sequence.cached_tokens is not None and not sequence.prompt_done:
+            tenant.clock -= sequence.prompt_tokens - max(sequence.furthest, sequence.cached_tokens)
+        tenant.open -= 1
+        self._tenants_open -= tenant.open == 0
+        self._open -= 1
+        if not self._open:
+            self._tenants.clear()
+        elif not tenant.open and tenant.clock <= self._clock:
+            del self._tenants[sequence.owner.tenant]
 
     def plan(self) -> list[Piece]:
         """The next step: every running sequence that is one token short, then pieces of prompts, then
         newcomers. Blocks for all of it are held when this returns."""
         pieces: dict[Sequence, Piece] = {}
-        budget = self.step_tokens
         preempted_before = self.preempted
-        for sequence in list(self._running):
+        # Whoever is preempted is the last of the list: the loop goes on as if it had always ended there.
+        for sequence in self._running:
             if sequence.remaining == 1 and self._hold(sequence, len(sequence.tokens), pieces):
                 pieces[sequence] = Piece(sequence, sequence.computed, len(sequence.tokens))
-        budget -= len(pieces)
+        budget = self.step_tokens - len(pieces)
         if self.preempted == preempted_before:
-            self._admit(budget - sum(sequence.remaining > 1 for sequence in self._running))
+            self._admit(budget - (len(self._running) - len(pieces)))
         self._add_prompt_pieces(pieces, budget)
         return list(pieces.values())
 
     def done(self, pieces: AbstractSequence[Piece]) -> None:
         """Note that these pieces have been computed."""
+        new_tokens = 0
         for piece in pieces:
-            remembered = None
-            if self._fixed_piece is not None:
-                whole = min(piece.stop, piece.sequence.prompt_tokens) // self._fixed_piece
-                remembered = whole * self._fixed_piece
-            self.cache.commit(piece.sequence, piece.stop, remember_up_to=remembered)
-            piece.sequence.prompt_done |= piece.stop >= piece.sequence.prompt_tokens
-        self._advance_clocks(pieces)
+            sequence = piece.sequence
+            self.cache.commit(sequence, piece.stop, remember_up_to=self._certain(piece))
+            new_tokens += self._charge(piece)
+            if piece.stop >= sequence.prompt_tokens and not sequence.prompt_done:
+                sequence.prompt_done = True
+                self._free_followers(sequence)
+        self._clock += new_tokens / max(1, self._tenants_open)
 
-    def _advance_clocks(self, pieces: AbstractSequence[Piece]) -> None:
-        for piece in pieces:
-            tenant = piece.sequence.owner.tenant
-            # Prompt tokens were charged on arrival.
-            if piece.start >= piece.sequence.prompt_tokens and tenant in self._tenant_clocks:
-                self._tenant_clocks[tenant] += piece.stop - piece.start
-        tokens = sum(piece.stop - piece.start for piece in pieces)
-        self._clock += tokens / max(1, len(self._tenant_sequences))
+    def _certain(self, piece: Piece) -> int | None:
+        """Up to where a sequence's keys and values are those that any other with these tokens would compute
+        to the bit; None: no matter."""
+        if self._fixed_piece is None:
+            return None
+        stop = min(piece.stop, piece.sequence.prompt_tokens)
+        return max(stop // border * border for border in (self._fixed_piece, *self._chunks))
+
+    def _charge(self, piece: Piece) -> int:
+        """The tokens of a piece that were never computed before; those of the answer are charged."""
+        sequence = piece.sequence
+        new = max(piece.start, sequence.furthest)
+        # A prompt's tokens were charged when it was let in.
+        self._tenant(sequence).clock += max(0, piece.stop - max(new, sequence.prompt_tokens))
+        sequence.furthest = max(piece.stop, sequence.furthest)
+        return max(0, piece.stop - new)
+
+    def _tenant(self, sequence: Sequence) -> _Tenant:
+        """The clock and lines of a sequence's tenant, new ones if it has none."""
+        name = sequence.owner.tenant
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            if len(self._tenants) > self._most_tenants:
+                # Who went away with a clock ahead of all is forgotten once it is not; the memory is bounded
+                # by the work that can be done while the clock of all catches up.
+                self._tenants = {k: t for k, t in self._tenants.items() if t.open or t.clock > self._clock}
+                self._most_tenants = max(FEW_TENANTS, 2 * len(self._tenants))
+            tenant = self._tenants[name] = _Tenant(self._clock)
+        return tenant
+
+    def _leave_line(self, sequence: Sequence) -> None:
+        line = self._tenant(sequence).lines.get(sequence.owner.priority, OrderedDict())
+        if sequence in line:
+            del line[sequence]
+            self._rank_first(sequence)
+
+    def _rank_first(self, sequence: Sequence) -> None:
+        """Give the first of this sequence's line its rank, and the turn that follows from it."""
+        tenant, priority = self._tenant(sequence), sequence.owner.priority
+        if not tenant.lines[priority]:
+            del tenant.lines[priority]
+            return
+        first = next(iter(tenant.lines[priority]))
+        if first.rank is None:
+            tenant.clock = max(tenant.clock, first.arrived)
+            first.rank = tenant.clock - PRIORITY_TOKENS * priority
+            insort(self._ranked, first, key=_order)
+
+    def _free_followers(self, leader: Sequence) -> None:
+        """Let those who waited for a leader's prompt queue: next in line, while the prompt is cached."""
+        followers = self._followers.pop(leader, [])
+        if followers:
+            line = self._tenant(leader).lines.setdefault(leader.owner.priority, OrderedDict())
+            for follower in reversed(followers):
+                line[follower] = None
+                line.move_to_end(follower, last=False)
+            self._rank_first(leader)
 
     def _add_prompt_pieces(self, pieces: dict[Sequence, Piece], budget: int) -> None:
         """Share the rest of the step among prompts: equal shares first, so that a long prompt does not keep a
         short one from its first token; then what is left over, in order."""
-        prompts = [sequence for sequence in self._running if sequence.remaining > 1]
+        prompts = [sequence for sequence in self._running if sequence not in pieces]
         shares = [max(1, budget // len(prompts)), budget] if prompts else []
         if self._fixed_piece is not None:
             shares = shares[-1:]
         for share in shares:
             for sequence in prompts:
-                planned = pieces.get(sequence)
-                stop = self._piece_stop(sequence, min(share, budget + _length(planned)))
-                gained = stop - sequence.computed - _length(planned)
-                if gained <= 0 or sequence not in self._running:
+                if not sequence.tables:
+                    break  # preempted, and all after it
+                planned = _length(pieces.get(sequence))
+                stop = self._piece_stop(sequence, min(share, budget + planned))
+                gained = stop - sequence.computed - planned
+                if gained <= 0:
                     continue
+                preempted_before = self.preempted
                 if self._hold(sequence, stop, pieces):
                     pieces[sequence] = Piece(sequence, sequence.computed, stop)
+                    budget -= gained
+                if self.preempted > preempted_before:
                     budget = self.step_tokens - sum(map(_length, pieces.values()))
 
     def _piece_stop(self, sequence: Sequence, most: int) -> int:
@@ -201,24 +298,31 @@ class Scheduler:
         for sequence in self._running:
             for index, count in enumerate(self.cache.missing(sequence, self._soon(sequence))):
                 promised[index] += count
-        for sequence in list(self._waiting):
-            if len(self._running) >= self.slots or budget <= 0:
-                return
-            leader = sequence.leader
-            if leader is not None and not leader.prompt_done:
-                continue
+        while self._ranked and len(self._running) < self.slots and budget > 0:
+            sequence = self._ranked[0]
             cached = self.cache.open(sequence)
             missing = self.cache.missing(sequence, self._soon(sequence))
             free = self.cache.free()
             if self._running and any(m + p > f for m, p, f in zip(missing, promised, free, strict=True)):
                 self.cache.close(sequence)
                 return
-            if sequence.cached_tokens is None:
-                sequence.cached_tokens = cached
             promised = [p + m for p, m in zip(promised, missing, strict=True)]
-            self._waiting.remove(sequence)
+            del self._ranked[0]
             insort(self._running, sequence, key=_order)
             budget -= len(sequence.tokens) - cached
+            if sequence.cached_tokens is None:
+                sequence.cached_tokens = cached
+                self._note_first_turn(sequence)
+
+    def _note_first_turn(self, sequence: Sequence) -> None:
+        """Charge a prompt, and let the next of its line be ranked after it."""
+        assert sequence.rank is not None and sequence.cached_tokens is not None
+        # Newcomers begin where those begin who are let in: a tenant that used what nobody else wanted would
+        # otherwise be behind everyone who comes, by all that it ever used.
+        start = sequence.rank + PRIORITY_TOKENS * min(0, sequence.owner.priority)
+        self._clock = max(self._clock, start)
+        self._tenant(sequence).clock += sequence.prompt_tokens - sequence.cached_tokens
+        self._leave_line(sequence)
 
     def _soon(self, sequence: Sequence) -> int:
         """A length it will reach shortly. Promising a block more than is needed now keeps a newcomer from
@@ -227,25 +331,37 @@ class Scheduler:
 
     def _hold(self, sequence: Sequence, length: int, pieces: dict[Sequence, Piece]) -> bool:
         """Get blocks for `sequence` up to `length`, at the cost of those with a later turn if need be."""
-        while sequence in self._running:
-            if self.cache.extend(sequence, length):
-                return True
+        while not self.cache.extend(sequence, length):
             last = self._running[-1]
             pieces.pop(last, None)
             self._preempt(last)
-        return False
+            if last is sequence:
+                return False
+        return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's blocks and put it back into the queue; its tokens are kept."""
-        self._running.remove(sequence)
-        self.cache.close(sequence)
-        sequence.preemptions += 1
+    def _preempt(self, last: Sequence) -> None:
+        """Take the blocks of the last that runs and put it back into the queue; its tokens are kept."""
+        assert len(self._running) > 1, f"too large even alone: {last.limit} tokens"
+        self._running.pop()
+        self.cache.close(last)
+        last.preemptions += 1
         self.preempted += 1
-        insort(self._waiting, sequence, key=_order)
+        insort(self._ranked, last, key=_order)
 
 
 def _order(sequence: Sequence) -> tuple[float, int]:
     return sequence.order
+
+
+def _discard(ordered: list[Sequence], sequence: Sequence) -> bool:
+    """Take a sequence out of a list in order; False if it is not there."""
+    if sequence.rank is None:
+        return False
+    index = bisect_left(ordered, sequence.order, key=_order)
+    if index == len(ordered) or ordered[index] is not sequence:
+        return False
+    del ordered[index]
+    return True
 
 
 def _length(piece: Piece | None) -> int:

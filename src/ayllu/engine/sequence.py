@@ -68,15 +68,17 @@ class BlockKeys:
         self._patches_seen = last
         for digest, start, stop in zip(self._digests, self._starts[:-1], self._starts[1:], strict=True):
             if start < last and stop > first:
-                state.update(f"{digest}:{first - start}".encode())
+                state.update(f"{digest}:{first - start};".encode())
 
 
 @dataclass(eq=False)
 class Sequence:
-    """tokens: prompt and answer so far. computed: how many have keys and values in the cache. limit: the most
-    tokens it may ever have. rank: its place in every order, lower is earlier (set by the scheduler). leader:
-    a sequence with the same prompt that goes first, so that this one finds the prompt in the cache.
-    prompt_done: whether its prompt was ever computed whole. tables: its blocks, one list per layer group."""
+    """tokens: prompt and answer so far. computed: how many have keys and values in the cache; furthest: how
+    many ever had. limit: the most tokens it may ever have. leader: a sequence with the same prompt that goes
+    first, so that this one finds the prompt in the cache. prompt_done: whether its prompt was ever computed
+    whole. arrived, number: the scheduler's clock when it came, and how many had come before. rank: its place
+    in every order, lower is earlier; None until its turn in its tenant's line. tables: its blocks, one list
+    per layer group while it runs, empty while it does not."""
 
     tokens: list[int]
     prompt_tokens: int
@@ -88,8 +90,10 @@ class Sequence:
     computed: int = 0
     prompt_done: bool = False
     cached_tokens: int | None = None
-    rank: float = 0.0
+    furthest: int = 0
+    arrived: float = 0.0
     number: int = 0
+    rank: float | None = None
     preemptions: int = 0
     tables: list[list[int]] = field(default_factory=list)
 
@@ -101,4 +105,5 @@ class Sequence:
     @property
     def order(self) -> tuple[float, int]:
         """Sort key of every queue: rank, then arrival."""
+        assert self.rank is not None, f"sequence {self.number} has not had its turn"
         return (self.rank, self.number)
