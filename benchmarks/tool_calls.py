@@ -70,9 +70,9 @@ def fetch_cases(count: int) -> list[dict[str, Any]]:
 def request_of(case: dict[str, Any]) -> Any:
     """The same request for both engines. Function names without dots, which OpenAI's rules exclude."""
     from ayllu.chat.messages import Message, ToolDefinition
-    from ayllu.engine.tool_parameters import normalised_parameters
     from ayllu.engine.parameters import Sampling
     from ayllu.engine.requests import ChatPrompt, GenerateRequest, ToolUse
+    from ayllu.engine.tool_parameters import normalised_parameters
 
     tools = tuple(
         ToolDefinition(
@@ -173,8 +173,8 @@ def answer_all(engine: Any, cases: list[dict[str, Any]], together: int) -> dict[
 @contextmanager
 def llama_cpp(model: Path) -> Iterator[Any]:
     """llama.cpp's server with this file, spoken to by the remote engine."""
-    from ayllu.engine.remote import RemoteEngine
-    from ayllu.engine.remote_endpoint import RemoteEndpoint
+    from ayllu.engine.remote.endpoint import RemoteEndpoint
+    from ayllu.engine.remote.engine import RemoteEngine
 
     process = subprocess.Popen(
         [sys.executable, "-c", PEER, str(model)],

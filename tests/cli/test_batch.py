@@ -228,7 +228,7 @@ def test_options_reach_the_engine(here: Here, tmp_path: Path) -> None:
 def test_a_server_is_reached_with_the_key_of_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ayllu.engine import remote
+    from ayllu.engine.remote import engine as remote
 
     given = []
 

@@ -209,10 +209,11 @@ GOOD = JsonStructure({"type": "object", "properties": {"a": {"type": "integer"}}
 
 
 class SchemaMaker:
-    """Random schemas that a value of bounded length meets."""
+    """Random schemas that a value of bounded length meets. ends: no value can be longer than that."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, ends: bool = False) -> None:
         self._random = random.Random(seed)
+        self._ends = ends
         self._definitions: dict[str, Any] = {}
 
     def document(self) -> dict[str, Any]:
@@ -294,6 +295,8 @@ class SchemaMaker:
         }
         if chosen and self._random.random() < 0.2:
             schema["additionalProperties"] = self._random.choice([False, {"type": "integer"}])
+        if self._ends:
+            schema["additionalProperties"] = False
         if not chosen:
             schema["additionalProperties"] = False
         return schema
@@ -339,16 +342,18 @@ class SchemaMaker:
             {"type": "object", "properties": {name: self.schema(0)}, "required": [name]} for name in "pq"
         ]
         closed = {"type": "object", "properties": {"p": True, "q": True}, "additionalProperties": False}
+        if self._ends:
+            return {"allOf": [*parts, closed]}
         pattern = {"type": "object", "patternProperties": {"^n_[a-z]$": {"type": "integer"}}}
         return self._random.choice([{"allOf": [*parts, closed]}, pattern])
 
 
-def random_schema(seed: int) -> dict[str, Any]:
-    """A schema of the seed's own, in whose values every string and list is short."""
-    return SchemaMaker(seed).document()
+def random_schema(seed: int, *, ends: bool = False) -> dict[str, Any]:
+    """A schema of the seed's own, in whose values every string and list may be short; with `ends` all are."""
+    return SchemaMaker(seed, ends=ends).document()
 
 
-CLOSERS = (b'"', b"]", b"}", b")", b"'", b'"}', b'"]', b"]}", b"}}", b",", b":", b": ", b", ")
+CLOSERS = frozenset((b'"', b"]", b"}", b")", b"'", b'"}', b'"]', b"]}", b"}}", b",", b":", b": ", b", "))
 
 
 def random_answer(
@@ -357,19 +362,21 @@ def random_answer(
     """Tokens drawn from the masks alone, with a liking for those that close something; None if they do not
     come to an end. Fails the test where nothing may come next."""
     draws = random.Random(seed)
-    closers = [token for token in range(tokenizer.vocab_size) if tokenizer.token_bytes(token) in CLOSERS]
+    closers = np.array([t for t in range(tokenizer.vocab_size) if tokenizer.token_bytes(t) in CLOSERS])
+    stops = sorted(grammar.stop_ids)
     answer: list[int] = []
     while len(answer) < tokens:
         if grammar.is_complete and (grammar.must_stop or draws.random() < stop):
             return answer
         logits = np.zeros(tokenizer.embedding_rows, dtype=np.float32)
         grammar.mask_logits(logits)
-        allowed = [t for t in np.flatnonzero(np.isfinite(logits)).tolist() if not tokenizer.is_control(t)]
-        if not allowed:
-            return answer if grammar.is_complete else None
-        closing = [token for token in closers if logits[token] == 0]
+        allowed = logits == 0
+        allowed[stops] = False
+        closing = closers[allowed[closers]]
         liking = 0.4 if len(answer) < tokens // 3 else 0.9
-        token = draws.choice(closing if closing and draws.random() < liking else allowed)
-        grammar.accept(token)
-        answer.append(token)
+        choices = closing if closing.size and draws.random() < liking else np.flatnonzero(allowed)
+        if not choices.size:
+            return answer if grammar.is_complete else None
+        answer.append(int(choices[draws.randrange(choices.size)]))
+        grammar.accept(answer[-1])
     return None

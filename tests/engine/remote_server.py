@@ -18,8 +18,8 @@ from typing import Any
 
 from ayllu.chat.messages import user_message
 from ayllu.engine.events import Event, Failed
-from ayllu.engine.remote import RemoteEngine
-from ayllu.engine.remote_endpoint import RemoteEndpoint
+from ayllu.engine.remote.endpoint import RemoteEndpoint
+from ayllu.engine.remote.engine import RemoteEngine
 from ayllu.engine.requests import ChatPrompt, GenerateRequest
 from ayllu.errors import AylluError
 

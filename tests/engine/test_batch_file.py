@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ayllu.engine import batch_file
-from ayllu.engine.batch_file import MAX_ID_CHARACTERS, Ids, Line, Survey, parse_line, read_lines, survey
-from ayllu.engine.batch_output import Output
+from ayllu.engine.batch import file as batch_file
+from ayllu.engine.batch.file import MAX_ID_CHARACTERS, Ids, Line, Survey, parse_line, read_lines, survey
+from ayllu.engine.batch.output import Output
 from ayllu.errors import UsageError
 
 SHARES_ITS_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

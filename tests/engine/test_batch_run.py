@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ayllu.engine import batch_run
-from ayllu.engine.batch_file import Ids, read_lines, survey
-from ayllu.engine.batch_output import Output
-from ayllu.engine.batch_run import BatchRun, Tally, most_in_flight
+from ayllu.engine.batch import run as batch_run
+from ayllu.engine.batch.file import Ids, read_lines, survey
+from ayllu.engine.batch.output import Output
+from ayllu.engine.batch.run import BatchRun, Tally, most_in_flight
 from ayllu.engine.events import AnswerFinished, Done, Event, TextDelta
 from ayllu.engine.protocol import Embeddings
 from ayllu.engine.requests import EmbedRequest, GenerateRequest

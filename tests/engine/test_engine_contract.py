@@ -34,8 +34,8 @@ from ayllu.engine.events import (
 from ayllu.engine.options import EngineOptions
 from ayllu.engine.parameters import Sampling
 from ayllu.engine.protocol import Engine
-from ayllu.engine.remote import RemoteEngine
-from ayllu.engine.remote_endpoint import RemoteEndpoint
+from ayllu.engine.remote.endpoint import RemoteEndpoint
+from ayllu.engine.remote.engine import RemoteEngine
 from ayllu.engine.requests import (
     ChatPrompt,
     ChoiceStructure,

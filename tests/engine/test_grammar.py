@@ -1,4 +1,4 @@
-"""Masks over the vocabulary: what may come next, when an answer may end, and what is remembered of grammars."""
+"""Masks over the vocabulary: what may come next, when an answer may end, what is remembered of grammars."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_what_does_not_compile_fails_its_future(
 def test_a_grammar_that_becomes_too_complex_fails_its_answer_and_is_compiled_anew(
     tokenizer: Tokenizer,
 ) -> None:
-    """All uses share the lexer: once it had reached its limit, the grammar failed for everybody from then on."""
+    """All uses share the lexer: once that had reached its limit, the grammar failed for everybody."""
     compiler = GrammarCompiler(tokenizer, tokenizer.stop_ids)
     spec = grammar_of(RegexStructure(r"(\p{L}*a\p{L}{30})+"))
     reached = []
@@ -328,7 +328,7 @@ def test_forced_text_comes_out_whole_whatever_the_vocabulary_adds(kind: str, tmp
 
 
 def test_a_byte_that_no_text_has_marks_no_token(tmp_path: Path) -> None:
-    """The library takes a first byte of 0xFF for the mark of a control token; byte-level vocabularies have one."""
+    """The library takes a first byte of 0xFF for the mark of a control token; byte-level BPE has one."""
     tokenizer = tokenizer_from_gguf(small_vocabularies.gguf_metadata(), tmp_path)
     marked = [t for t in range(tokenizer.vocab_size) if tokenizer.token_bytes(t) == b"\xff"]
     assert marked

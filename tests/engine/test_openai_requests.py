@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from ayllu.chat.images import MAX_IMAGE_BYTES
 from ayllu.chat.messages import ImagePart, Message, TextPart, ToolCall, ToolDefinition
-from ayllu.engine import openai_body
-from ayllu.engine.openai_body import InvalidBodyError, read_json_object
-from ayllu.engine.openai_fields import MAX_PROMPTS, ChatBody, CompletionBody, EmbeddingBody
-from ayllu.engine.openai_requests import (
+from ayllu.engine.openai import body as openai_body
+from ayllu.engine.openai.body import InvalidBodyError, read_json_object
+from ayllu.engine.openai.fields import MAX_PROMPTS, ChatBody, CompletionBody, EmbeddingBody
+from ayllu.engine.openai.requests import (
     API_COMPLETION_TOKENS,
     ENDPOINTS,
     chat_call,

@@ -23,9 +23,9 @@ from ayllu.engine.events import (
     TokenLogprob,
     ToolCallMade,
 )
-from ayllu.engine.openai_body import InvalidBodyError
-from ayllu.engine.openai_requests import GenerateCall, chat_call, completion_call, embedding_call
-from ayllu.engine.openai_results import NO_CHANCE, Collected, embeddings_body, error_body, response_body
+from ayllu.engine.openai.body import InvalidBodyError
+from ayllu.engine.openai.requests import GenerateCall, chat_call, completion_call, embedding_call
+from ayllu.engine.openai.results import NO_CHANCE, Collected, embeddings_body, error_body, response_body
 from ayllu.engine.protocol import Embeddings
 from ayllu.errors import (
     AccessError,

@@ -242,7 +242,7 @@ def test_only_the_first_call_is_kept_where_one_was_allowed() -> None:
 def test_arguments_without_end_are_refused_before_they_fill_the_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ayllu.engine.remote_calls.MAX_ARGUMENT_CHARACTERS", 100)
+    monkeypatch.setattr("ayllu.engine.remote.calls.MAX_ARGUMENT_CHARACTERS", 100)
     script = answer(*(tool_piece(0, "0123456789", "look") for _ in range(20)), Fault.SILENCE)
     error = error_of(asked_once(script, request={"tool_use": TOOLS}))
     assert isinstance(error, RemoteEngineError) and "100 characters" in error.problem

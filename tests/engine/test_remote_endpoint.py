@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ayllu.engine.remote_endpoint import RemoteEndpoint
+from ayllu.engine.remote.endpoint import RemoteEndpoint
 from ayllu.errors import UsageError
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ayllu.engine.events import AnswerFinished, Done, Event, Started, TextDelta
-from ayllu.engine.remote import RemoteEngine
-from ayllu.engine.remote_endpoint import RemoteEndpoint
+from ayllu.engine.remote.endpoint import RemoteEndpoint
+from ayllu.engine.remote.engine import RemoteEngine
 from ayllu.engine.requests import EmbedRequest, GenerateRequest
 from ayllu.errors import (
     AccessError,

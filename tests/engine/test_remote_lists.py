@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ayllu.chat.messages import user_message
-from ayllu.engine.remote import RemoteEngine
-from ayllu.engine.remote_endpoint import RemoteEndpoint
+from ayllu.engine.remote.endpoint import RemoteEndpoint
+from ayllu.engine.remote.engine import RemoteEngine
 from ayllu.engine.requests import ChatPrompt, EmbedRequest, GenerateRequest
 from ayllu.errors import (
     AylluError,

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ayllu.chat.messages import ImagePart, Message, TextPart, ToolCall, ToolDefinition, user_message
-from ayllu.engine.openai_requests import ENDPOINTS, GenerateCall
+from ayllu.engine.openai.requests import ENDPOINTS, GenerateCall
 from ayllu.engine.parameters import Sampling
-from ayllu.engine.remote_endpoint import Dialect, RemoteEndpoint
-from ayllu.engine.remote_request import Call, choice_grammar, generate_call, tenant_digest
+from ayllu.engine.remote.endpoint import Dialect, RemoteEndpoint
+from ayllu.engine.remote.request import Call, choice_grammar, generate_call, tenant_digest
 from ayllu.engine.requests import (
     ChatPrompt,
     ChoiceStructure,

@@ -750,18 +750,26 @@ def test_requests_that_fill_the_cache_exactly_run_together() -> None:
     assert engine.scheduler.preempted == 0
 
 
-def test_a_prompt_that_lacks_blocks_takes_those_of_a_later_prompt_in_the_same_step() -> None:
-    # An answer grew past what was promised to it while two long prompts were read.
-    engine = FakeEngine(slots=3, step_tokens=8, blocks=(52,))
+@pytest.mark.parametrize(
+    ("step_tokens", "block_tokens", "blocks", "lengths"),
+    # The later prompt has no piece yet in this step, or has one already.
+    [(5, 4, 52, (90, 90)), (13, 2, 89, (86, 69))],
+)
+def test_a_prompt_that_lacks_blocks_takes_those_of_a_later_one_within_the_step(
+    step_tokens, block_tokens, blocks, lengths
+) -> None:
+    engine = FakeEngine(slots=3, step_tokens=step_tokens, blocks=(blocks,), block_tokens=block_tokens)
+    # An answer that grows past what was promised to it while two long prompts are read.
     answer = engine.submit(_prompt(8), 90)
-    engine.step()
-    engine.step()
-    first, second = engine.submit(_prompt(90)), engine.submit(_prompt(90))
+    for _ in range(3):
+        engine.step()
+    first, second = (engine.submit(_prompt(length)) for length in lengths)
+    (later,) = second.open
     while not engine.scheduler.preempted:
         pieces = engine.step()
+        assert engine.scheduler.has_work
     assert [piece.sequence.owner for piece in pieces] == [answer, first]
-    assert sum(piece.stop - piece.start for piece in pieces) == 8, "its tokens are given to others"
-    assert second.open[0].preemptions == 1
+    assert later.preemptions == 1
     engine.run()
 
 

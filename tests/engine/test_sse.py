@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ayllu.engine.sse import ServerEvent, SseReader
+from ayllu.engine.remote.sse import ServerEvent, SseReader
 from ayllu.errors import RemoteEngineError
 
 LINES = st.one_of(

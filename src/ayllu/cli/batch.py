@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ayllu.engine.batch_output import Output
-    from ayllu.engine.batch_run import BatchRun, Tally
+    from ayllu.engine.batch.output import Output
+    from ayllu.engine.batch.run import BatchRun, Tally
     from ayllu.engine.protocol import Engine
 
 EXIT_SOME_FAILED = 1
@@ -82,8 +82,8 @@ def batch(
     Run it again to go on after an interruption: what the output holds is not computed again. Exit code 0:
     every request has an answer; 1: some were answered with an error, see their lines in the output.
     """
-    from ayllu.engine.batch_file import Ids, survey
-    from ayllu.engine.batch_output import Output
+    from ayllu.engine.batch.file import Ids, survey
+    from ayllu.engine.batch.output import Output
 
     native = {
         "--model": model,
@@ -211,7 +211,7 @@ def _open_remote(
     slots: int | None,
 ) -> tuple[Engine, list[str]]:
     from ayllu.cli.opening import open_remote
-    from ayllu.engine.batch_run import most_in_flight
+    from ayllu.engine.batch.run import most_in_flight
     from ayllu.engine.options import DEFAULT_SLOTS
     from ayllu.errors import UsageError
 
@@ -251,8 +251,8 @@ class _Run:
     ) -> None:
         """Open the engine, run what is left, and say what came of it. Raises typer.Exit with the exit code
         unless that is 0."""
-        from ayllu.engine.batch_file import read_lines
-        from ayllu.engine.batch_run import BatchRun, most_in_flight
+        from ayllu.engine.batch.file import read_lines
+        from ayllu.engine.batch.run import BatchRun, most_in_flight
         from ayllu.engine.options import DEFAULT_SLOTS
         from ayllu.errors import AylluError
 

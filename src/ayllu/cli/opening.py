@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ayllu.engine.remote import RemoteEngine
+    from ayllu.engine.remote.engine import RemoteEngine
     from ayllu.settings import Settings
     from ayllu.weights.installed import InstalledModel
 
@@ -54,8 +54,8 @@ def open_remote(
 
     Raises UsageError for an address or a dialect that cannot be.
     """
-    from ayllu.engine.remote import RemoteEngine
-    from ayllu.engine.remote_endpoint import RemoteEndpoint
+    from ayllu.engine.remote.endpoint import RemoteEndpoint
+    from ayllu.engine.remote.engine import RemoteEngine
 
     return RemoteEngine(
         RemoteEndpoint(

@@ -281,6 +281,11 @@ class TokenGrammar:
         self._bits: NDArray[np.uint8] | None = None
         self._stopped = False
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return self._masks.stop_ids
+
     def mask_logits(self, logits: NDArray[np.float32]) -> None:
         """Set what may not come next to -inf, in logits [rows], rows at least as many as there are tokens.
 

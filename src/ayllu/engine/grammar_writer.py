@@ -1,8 +1,8 @@
 """From the tree of a schema to a grammar in the library's Lark dialect, for JSON or for Python's literals.
 
 Everything a small model could write without end has a bound: one space at most behind a comma or a colon, no
-other white space, numbers of at most 41 characters that stay finite. What has a bound in the schema keeps it.
-Strings and lists without a limit are the schema's to limit.
+other white space, numbers of at most 41 characters that stay finite, names that the schema leaves open of at
+most 64. What has a bound in the schema keeps it. Strings and lists without a limit are the schema's to limit.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ _TERMINALS = {
     "COMMA": "/, ?/",
     "COLON": "/: ?/",
     "STRING": r'/"([^"\\\x00-\x1f\x7f]|\\["\\bfnrt])*"/',
+    "NAME": r'/"([^"\\\x00-\x1f\x7f]|\\["\\bfnrt]){0,64}"/',
     "QUOTED": r"/'([^'\\\x00-\x1f\x7f]|\\['\\nrt])*'/",
     "INTEGER": f"/-?{_WHOLE}/",
     "NUMBER": f"/-?{_WHOLE}{_FRACTION}/",
@@ -233,9 +234,9 @@ class SchemaWriter:
         if isinstance(node.key, Text) and node.key.constraints:
             return self._text(node.key)
         if not node.properties:
-            return self._writer.shared("STRING")
+            return self._writer.shared("NAME")
         taken = " | ".join(literal(_json(name)) for name in node.properties)
-        return self._writer.terminal(f"{self._writer.shared('STRING')} & ~({taken})")
+        return self._writer.terminal(f"{self._writer.shared('NAME')} & ~({taken})")
 
     def _array(self, node: Array) -> str:
         comma = self._writer.shared("COMMA")
@@ -290,7 +291,7 @@ class SchemaWriter:
     def _any_body(self) -> str:
         name, comma = self._any(), self._writer.shared("COMMA")
         words = [literal(self._word(word)) for word in (None, True, False)]
-        pair = f"{self._writer.shared('STRING')} {self._writer.shared('COLON')} {name}"
+        pair = f"{self._writer.shared('NAME')} {self._writer.shared('COLON')} {name}"
         items = f'"[" ({name} ({comma} {name})*)? "]"'
         pairs = f'"{{" ({pair} ({comma} {pair})*)? "}}"'
         return " | ".join([*words, self._writer.shared("NUMBER"), self._text(Text("")), items, pairs])

@@ -109,7 +109,7 @@ class Scheduler:
         return self._open > 0
 
     def require_room(self, sequences: int) -> None:
-        """Raises OverloadedError when the queue cannot take so many more now, UsageError when it never can."""
+        """Raises OverloadedError when the queue cannot take so many more now, UsageError if it never can."""
         if sequences > self.most_waiting + self.slots:
             raise UsageError(
                 f"{sequences} sequences at once; at most {self.slots} can run and {self.most_waiting} wait.",
@@ -270,12 +270,9 @@ class Scheduler:
                 gained = stop - sequence.computed - planned
                 if gained <= 0:
                     continue
-                preempted_before = self.preempted
                 if self._hold(sequence, stop, pieces):
                     pieces[sequence] = Piece(sequence, sequence.computed, stop)
                     budget -= gained
-                if self.preempted > preempted_before:
-                    budget = self.step_tokens - sum(map(_length, pieces.values()))
 
     def _piece_stop(self, sequence: Sequence, most: int) -> int:
         """Where the next piece of a prompt ends: at most `most` tokens on, and at the next border."""

@@ -21,10 +21,10 @@ from ayllu.engine.events import (
     TokenLogprob,
     ToolCallMade,
 )
-from ayllu.engine.remote_calls import CallPieces
-from ayllu.engine.remote_endpoint import RemoteEndpoint
-from ayllu.engine.remote_errors import error_in_stream, not_an_openai_server
-from ayllu.engine.remote_logprobs import logprobs_of, token_ids_of
+from ayllu.engine.remote.calls import CallPieces
+from ayllu.engine.remote.endpoint import RemoteEndpoint
+from ayllu.engine.remote.errors import error_in_stream, not_an_openai_server
+from ayllu.engine.remote.logprobs import logprobs_of, token_ids_of
 from ayllu.engine.requests import ChoiceStructure, GenerateRequest, JsonStructure, TokenPrompt
 from ayllu.errors import RemoteEngineError, RequestFailedError, clip
 

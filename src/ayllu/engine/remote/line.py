@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from ayllu.engine.remote_endpoint import RemoteEndpoint
-from ayllu.engine.remote_errors import (
+from ayllu.engine.remote.endpoint import RemoteEndpoint
+from ayllu.engine.remote.errors import (
     RETRIED_STATUSES,
     WorthRetrying,
     bare,

@@ -1,6 +1,6 @@
 """A conversation and its tools as OpenAI's JSON: messages, calls and results, images as data: addresses.
 
-Only shapes are translated here; which other fields a dialect knows is `remote_request`'s matter.
+Only shapes are translated here; which other fields a dialect knows is `request`'s matter.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx2
 
-from ayllu.engine.remote_endpoint import RemoteEndpoint
+from ayllu.engine.remote.endpoint import RemoteEndpoint
 from ayllu.errors import (
     AccessError,
     AylluError,

@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from ayllu.engine.batch_file import Line
-from ayllu.engine.batch_output import Output
+from ayllu.engine.batch.file import Line
+from ayllu.engine.batch.output import Output
 from ayllu.engine.events import TERMINAL, Event
-from ayllu.engine.openai_body import InvalidBodyError
-from ayllu.engine.openai_requests import ENDPOINTS, Call, EmbedCall, GenerateCall, for_model
-from ayllu.engine.openai_results import Collected, embeddings_body, error_body, response_body
+from ayllu.engine.openai.body import InvalidBodyError
+from ayllu.engine.openai.requests import ENDPOINTS, Call, EmbedCall, GenerateCall, for_model
+from ayllu.engine.openai.results import Collected, embeddings_body, error_body, response_body
 from ayllu.engine.protocol import Embeddings, Engine, Stream
 from ayllu.engine.requests import EmbedRequest, GenerateRequest, new_request_id
 from ayllu.errors import (

@@ -7,8 +7,8 @@ import math
 from typing import Any, TypeGuard
 
 from ayllu.engine.protocol import Embeddings, EngineInfo
-from ayllu.engine.remote_endpoint import RemoteEndpoint
-from ayllu.engine.remote_errors import not_an_openai_server
+from ayllu.engine.remote.endpoint import RemoteEndpoint
+from ayllu.engine.remote.errors import not_an_openai_server
 from ayllu.engine.requests import EmbedRequest
 from ayllu.errors import clip, one_line
 

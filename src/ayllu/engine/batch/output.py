@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from ayllu.engine.batch_file import Ids, Line
+from ayllu.engine.batch.file import Ids, Line
 from ayllu.errors import UsageError, clip
 from ayllu.weights.new_file import new_file, write_failure
 

@@ -1,7 +1,7 @@
 """What OpenAI's API asks, to what an engine is asked: bodies of three endpoints become requests.
 
 The server and `ayllu batch` read bodies here alone, so both refuse the same ones in the same words. The
-fields are those of `openai_fields`; limits are those of `requests`. Bodies come from `read_json_object`.
+fields are those of `openai.fields`; limits are those of `requests`. Bodies come from `read_json_object`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ayllu.engine.openai_body import InvalidBodyError, blaming, validated
-from ayllu.engine.openai_fields import ChatBody, CompletionBody, EmbeddingBody, GenerateBody
-from ayllu.engine.openai_messages import conversation, tool_use
+from ayllu.engine.openai.body import InvalidBodyError, blaming, validated
+from ayllu.engine.openai.fields import ChatBody, CompletionBody, EmbeddingBody, GenerateBody
+from ayllu.engine.openai.messages import conversation, tool_use
 from ayllu.engine.parameters import Sampling
 from ayllu.engine.requests import (
     ChatPrompt,

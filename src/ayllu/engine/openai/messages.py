@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ayllu.chat.images import MAX_IMAGE_BYTES
 from ayllu.chat.messages import ImagePart, Message, Part, Role, TextPart, ToolCall, ToolDefinition
-from ayllu.engine.openai_body import InvalidBodyError, Strict, at, read_json_object
+from ayllu.engine.openai.body import InvalidBodyError, Strict, at, read_json_object
 from ayllu.engine.requests import MAX_TOOLS, ToolUse
 from ayllu.errors import clip
 

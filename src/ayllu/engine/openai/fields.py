@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ayllu.engine.openai_body import InvalidBodyError, Strict, at, read_json_object
-from ayllu.engine.openai_messages import ChatMessage, Tool, ToolChoice, as_tool_choice
+from ayllu.engine.openai.body import InvalidBodyError, Strict, at, read_json_object
+from ayllu.engine.openai.messages import ChatMessage, Tool, ToolChoice, as_tool_choice
 from ayllu.engine.requests import (
     HIGHEST_PRIORITY,
     LOWEST_PRIORITY,

@@ -2,7 +2,7 @@
 another ayllu), for models that are too large for this machine or served by a cluster.
 
 The same requests, events and errors as the native engine's; what a server cannot express is refused when the
-request is submitted (see `remote_request`). Nothing is retried once anything has been said.
+request is submitted (see `request`). Nothing is retried once anything has been said.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from types import TracebackType
 
 from ayllu.engine.events import TERMINAL, Done, Event, Failed
 from ayllu.engine.protocol import Embeddings, EngineInfo, EngineStats, Stream
-from ayllu.engine.remote_answer import AnswerReader
-from ayllu.engine.remote_endpoint import RemoteEndpoint
-from ayllu.engine.remote_errors import WorthRetrying, bare, error_in_stream, not_an_openai_server
-from ayllu.engine.remote_line import MAX_ERROR_BYTES, RemoteLine, Running, closed, read_all
-from ayllu.engine.remote_lists import adapters_of, embeddings_of, info_of
-from ayllu.engine.remote_request import Call, embed_call, generate_call
+from ayllu.engine.remote.answer import AnswerReader
+from ayllu.engine.remote.endpoint import RemoteEndpoint
+from ayllu.engine.remote.errors import WorthRetrying, bare, error_in_stream, not_an_openai_server
+from ayllu.engine.remote.line import MAX_ERROR_BYTES, RemoteLine, Running, closed, read_all
+from ayllu.engine.remote.lists import adapters_of, embeddings_of, info_of
+from ayllu.engine.remote.request import Call, embed_call, generate_call
+from ayllu.engine.remote.sse import SseReader
 from ayllu.engine.requests import EmbedRequest, GenerateRequest
-from ayllu.engine.sse import SseReader
 from ayllu.errors import (
     AccessError,
     AylluError,

@@ -2,7 +2,7 @@
 
 Every field is either translated or refused by name: a server that drops what it does not know would answer a
 question nobody asked. Spellings are those of OpenAI's API reference, vLLM 0.12 (`structured_outputs`), SGLang
-0.5, llama.cpp's server of 2026, and our own `openai_fields`.
+0.5, llama.cpp's server of 2026, and our own `openai.fields`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from ayllu.engine.remote_endpoint import RemoteEndpoint
-from ayllu.engine.remote_messages import messages_json, tools_json
+from ayllu.engine.remote.endpoint import RemoteEndpoint
+from ayllu.engine.remote.messages import messages_json, tools_json
 from ayllu.engine.requests import (
     ChatPrompt,
     ChoiceStructure,

@@ -1,7 +1,7 @@
 """The requests of a batch: a file of JSON Lines in the layout of OpenAI's batch API, however large.
 
 Lines are streamed and bounded, and a bad one is marked instead of ending the batch. Which ids there are, and
-which are done, is kept in a temporary database on disk. `batch_output` is the other file.
+which are done, is kept in a temporary database on disk. `output` is the other file.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ayllu.engine.openai_body import MAX_BODY_BYTES, InvalidBodyError, read_json_object
-from ayllu.engine.openai_requests import ENDPOINTS
+from ayllu.engine.openai.body import MAX_BODY_BYTES, InvalidBodyError, read_json_object
+from ayllu.engine.openai.requests import ENDPOINTS
 from ayllu.errors import UsageError, clip, did_you_mean
 
 MAX_LINE_BYTES = MAX_BODY_BYTES

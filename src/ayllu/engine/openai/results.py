@@ -27,7 +27,7 @@ from ayllu.engine.events import (
     TokenLogprob,
     ToolCallMade,
 )
-from ayllu.engine.openai_requests import EmbedCall, GenerateCall
+from ayllu.engine.openai.requests import EmbedCall, GenerateCall
 from ayllu.engine.protocol import Embeddings
 from ayllu.engine.requests import GenerateRequest, TextPrompt
 from ayllu.errors import (
