@@ -98,7 +98,7 @@ ROOT = {"$defs": {"a/b": {"~": [{"type": "null"}]}, "": True, "n": 5}, "items": 
     ],
 )
 def test_local_references_are_found(reference: str, place: str) -> None:
-    assert resolve(ROOT, reference, "$")[0] == place
+    assert resolve(ROOT, reference, "$").path == place
 
 
 @pytest.mark.parametrize(

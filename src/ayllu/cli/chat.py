@@ -34,7 +34,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Context window in tokens. Default: 8192, or the model's own.")
+        int | None, typer.Option(min=2, help="Context window in tokens. Default: 8192, or the model's own.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,

@@ -326,7 +326,7 @@ class TokenGrammar:
 
     @property
     def must_stop(self) -> bool:
-        """Whether the answer is complete and nothing can be added."""
+        """Whether the answer is complete and nothing can be added. Raises as `mask_logits` does."""
         return self._stopped or (self.is_complete and not (self._allowed() & ~self._masks.stops).any())
 
     def _allowed(self) -> NDArray[np.uint8]:

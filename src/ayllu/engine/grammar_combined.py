@@ -19,7 +19,7 @@ from ayllu.engine.grammar_keywords import (
     within_reach,
 )
 from ayllu.engine.grammar_nodes import Combined, Node
-from ayllu.engine.json_schema import Schema, member
+from ayllu.engine.json_schema import Target, member
 
 _STEP = 1e-9
 """What a number without multipleOf is a multiple of: it bounds the digits after the point."""
@@ -28,8 +28,7 @@ _STEP = 1e-9
 class SchemaSource(Protocol):
     """What stands around a schema: its definitions, and the checks that every schema must pass."""
 
-    def define(self, reference: object, path: str) -> str: ...
-    def definition(self, name: str) -> tuple[Schema, str]: ...
+    def define(self, reference: object, path: str) -> Target: ...
     def check(self, schema: Any, path: str) -> None: ...
     def node(self, schema: Any, path: str) -> Node: ...
 
@@ -41,16 +40,16 @@ def combined(schema: Mapping[str, Any], path: str, source: SchemaSource) -> Comb
     if "patternProperties" in schema and not set(IN_PLACE) & schema.keys():
         whole.setdefault("additionalProperties", False)
     defined: dict[str, Any] = {}
-    while missing := [name for name in writer.names if writer.names[name] not in defined]:
-        for name in missing:
-            defined[writer.names[name]] = writer.plain(*source.definition(name))
+    while missing := [entry for entry in writer.named.values() if entry[0] not in defined]:
+        for name, target in missing:
+            defined[name] = writer.plain(target.schema, target.path)
     return Combined(path, {**whole, "$defs": defined} if defined else whole)
 
 
 class _Writer:
     def __init__(self, source: SchemaSource) -> None:
         self._source = source
-        self.names: dict[str, str] = {}
+        self.named: dict[tuple[str, ...], tuple[str, Target]] = {}
 
     def plain(self, schema: Any, path: str) -> Any:
         """One schema with all inside it."""
@@ -73,8 +72,9 @@ class _Writer:
         place = member(path, word)
         match word:
             case "$ref":
-                name = self._source.define(value, place)
-                return {word: "#/$defs/" + self.names.setdefault(name, f"d{len(self.names)}")}
+                target = self._source.define(value, place)
+                name, _ = self.named.setdefault(target.pointer, (f"d{len(self.named)}", target))
+                return {word: f"#/$defs/{name}"}
             case "oneOf":
                 # Read once for its own sake: only there is it checked that no answer meets two of them.
                 self._source.node({word: value}, path)

@@ -50,7 +50,8 @@ def compile_error(message: str, source: str) -> AylluError:
 
 def _explained(message: str, source: str) -> tuple[str, str]:
     """What is wrong, without the library's excerpts and dumps, and where: a path, a line, or the grammar."""
-    lines = [line.strip() for line in message.split("\n") if line.strip()] or ["no reason given"]
+    # Bounded: the library quotes whole patterns.
+    lines = [line.strip()[:2000] for line in message.split("\n") if line.strip()] or ["no reason given"]
     reason, where = lines[0], "The grammar"
     if match := _PLACE.match(reason):
         line = int(match[1] or match[4])

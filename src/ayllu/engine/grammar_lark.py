@@ -15,7 +15,7 @@ from ayllu.engine.json_schema import measure
 from ayllu.errors import GrammarError, UnsupportedError, clip
 
 _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"i?')
-_REGEX = re.compile(r"/(?!/)(?:[^/\\\n]|\\.)+/[a-z]*")
+_REGEX = re.compile(r"/(?!/)(?:[^/\\]|\\.)+/[a-z]*")
 _COMMENT = re.compile(r"(?:#|//)[^\n]*")
 _SPECIAL = re.compile(r"<[^<>\s]+>")
 _DIRECTIVE = re.compile(r"%(json|llguidance|regex)\b")
@@ -44,6 +44,12 @@ def check_lark(source: str) -> None:
                     f"Line {_line(source, place)} of the grammar names a special token: {clip(match[0])}.",
                     "Describe text only; put it into quotes if it is meant as text.",
                 )
+            if source[place] in '"/':
+                # Going on behind it would read the rest of the grammar once for each of these.
+                problem = (
+                    f"Line {_line(source, place)} of the grammar has a {source[place]} without its second."
+                )
+                raise GrammarError(problem, "Close the string or the pattern, or escape it.")
             place = _after_word(source, place)
             continue
         place = match.end()
@@ -54,7 +60,13 @@ def _after_word(source: str, place: int) -> int:
     if match := _DIRECTIVE.match(source, place):
         value, end = _embedded(source, match.end())
         if match[1] == "json":
-            measure(value, f"%json on line {_line(source, place)}: $")
+            try:
+                measure(value)
+            except GrammarError as error:
+                line = _line(source, place)
+                raise GrammarError(
+                    f"%json on line {line} of the grammar: {error.problem}", error.fix
+                ) from None
         return end
     match = _NAME.match(source, place)
     if match is None:

@@ -102,7 +102,7 @@ class Union:
 
 @dataclass(frozen=True)
 class Reference:
-    """A definition, by the place it stands at."""
+    """A definition of the tree, by name."""
 
     path: str
     name: str

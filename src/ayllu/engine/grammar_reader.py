@@ -44,7 +44,7 @@ from ayllu.engine.grammar_nodes import (
     references,
     same_json,
 )
-from ayllu.engine.json_schema import Schema, measure, member, resolve
+from ayllu.engine.json_schema import Schema, Target, measure, member, resolve
 from ayllu.errors import GrammarError
 
 
@@ -86,12 +86,12 @@ def _endless(definitions: Mapping[str, Node]) -> frozenset[str]:
 
 
 class _Reader:
-    """Reads one schema and what it refers to. `definitions` are named by the place they stand at."""
+    """Reads one schema and what it refers to. `definitions` are named by the pointers to them."""
 
     def __init__(self, root: Schema, path: str) -> None:
         self._root = root
         self._path = path
-        self._schemas: dict[str, Schema] = {}
+        self._targets: dict[str, Target] = {}
         self._one_of: list[tuple[str, tuple[Node, ...]]] = []
         self.definitions: dict[str, Node] = {}
 
@@ -123,21 +123,16 @@ class _Reader:
             raise GrammarError(f"{path}: a schema must be an object, true or false.", "Correct the schema.")
         check_words(schema, path, at_root=schema is self._root)
 
-    def define(self, reference: object, path: str) -> str:
-        """The name of the definition that `reference` names; it will be read."""
-        name, schema = resolve(self._root, reference, path)
-        self._schemas.setdefault(name, schema)
-        return name
-
-    def definition(self, name: str) -> tuple[Schema, str]:
-        """A definition as the user wrote it, and its path."""
-        return self._schemas[name], self._path + name[1:]
+    def define(self, reference: object, path: str) -> Target:
+        """What `reference` names."""
+        return resolve(self._root, reference, path, self._path)
 
     def read_definitions(self) -> None:
         """Read what is referred to, and what that refers to, until nothing is missing."""
-        while missing := [name for name in self._schemas if name not in self.definitions]:
+        while missing := [name for name in self._targets if name not in self.definitions]:
             for name in missing:
-                self.definitions[name] = self.node(*self.definition(name))
+                target = self._targets[name]
+                self.definitions[name] = self.node(target.schema, target.path)
 
     def check_cycles(self) -> None:
         """Raises GrammarError for definitions that come back to themselves without a value between."""
@@ -154,7 +149,7 @@ class _Reader:
                     done.add(name)
                 elif target in open_names:
                     raise GrammarError(
-                        f"{self._path + target[1:]}: this reference leads back to itself.",
+                        f"{self._targets[target].path}: this reference leads back to itself.",
                         "Put an object or a list between, so that every round writes something.",
                     )
                 elif target not in done:
@@ -183,7 +178,10 @@ class _Reader:
         """A schema that says nothing but `$ref`, `allOf`, `anyOf` or `oneOf`."""
         place = member(path, word)
         if word == "$ref":
-            return Reference(path, self.define(schema[word], place))
+            target = self.define(schema[word], place)
+            name = "/".join(step.replace("~", "~0").replace("/", "~1") for step in target.pointer)
+            self._targets.setdefault(name, target)
+            return Reference(path, name)
         if word == "allOf" and len(schema[word]) > 1:
             return combined(schema, path, self)
         options = tuple(self.node(option, member(place, index)) for index, option in enumerate(schema[word]))

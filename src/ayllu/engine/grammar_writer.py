@@ -275,6 +275,8 @@ class SchemaWriter:
                 return self._writer.shared("POSITIVE")
         bounds = within_reach(node.constraints)
         lowest, highest = limits_of(bounds)
+        if lowest == highest and "multipleOf" not in bounds:
+            return self._writer.terminal(literal(_json(int(lowest) if lowest == int(lowest) else lowest)))
         if not node.integer and "multipleOf" not in bounds and highest - lowest >= _SMALLEST_RANGE:
             bounds["multipleOf"] = _STEP  # bounds the digits behind the point
         return self._library({"type": kind, **bounds}, node.path)

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
@@ -27,6 +28,7 @@ MAX_ANSWER_CHARACTERS = 16 << 20
 PATTERN_BYTES = 1 << 20
 """Memory of one compiled pattern. Larger ones are refused before they are built."""
 
+_LONGEST_PATH = 240
 _PLAIN_KEY = re.compile(r"[A-Za-z_$][\w$-]*")
 _LOOK_AROUND = ("(?=", "(?!", "(?<=", "(?<!")
 
@@ -34,7 +36,9 @@ Schema = dict[str, Any] | bool
 
 
 def member(path: str, key: str | int) -> str:
-    """The JSON path of a member: `$.properties.a`, `$.anyOf[0]`, `$["odd key"]`."""
+    """The JSON path of a member: `$.properties.a`, `$.anyOf[0]`, `$["odd key"]`; long ones lose their middle."""
+    if len(path) > _LONGEST_PATH:
+        path = f"{path[: _LONGEST_PATH // 2]}…{path[-_LONGEST_PATH // 2 + 1 :]}"
     if isinstance(key, int):
         return f"{path}[{key}]"
     if _PLAIN_KEY.fullmatch(key) and len(key) <= 60:
@@ -94,8 +98,17 @@ def _too_large(problem: str, limit: str, fix: str) -> GrammarError:
     return GrammarError(f"The schema {problem} than {limit}.", fix)
 
 
-def resolve(root: Schema, reference: object, path: str) -> tuple[str, Schema]:
-    """The place (`$.…`) and the schema that a local `$ref` names.
+@dataclass(frozen=True)
+class Target:
+    """What a reference names: the pointer to it (one spelling each), its path, and the schema."""
+
+    pointer: tuple[str, ...]
+    path: str
+    schema: Schema
+
+
+def resolve(root: Schema, reference: object, path: str, root_path: str = "$") -> Target:
+    """What a local `$ref`, which stands at `path`, names in the schema `root`, which stands at `root_path`.
 
     Raises UnsupportedError for addresses and anchors, GrammarError for a pointer at nothing.
     """
@@ -110,10 +123,11 @@ def resolve(root: Schema, reference: object, path: str) -> tuple[str, Schema]:
             f"{path}: the anchor {clip(repr(reference))} is not supported.", 'Write it as "#/$defs/name".'
         )
     value: Any = root
-    place = "$"
-    for step in pointer.split("/")[1:]:
-        key: str | int = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(value, list) and re.fullmatch(r"0|[1-9][0-9]{0,8}", str(key), re.ASCII):
+    place = root_path
+    steps = tuple(step.replace("~1", "/").replace("~0", "~") for step in pointer.split("/")[1:])
+    for step in steps:
+        key: str | int = step
+        if isinstance(value, list) and re.fullmatch(r"0|[1-9][0-9]{0,8}", step, re.ASCII):
             key = int(key)
         try:
             value = value[key]
@@ -125,7 +139,7 @@ def resolve(root: Schema, reference: object, path: str) -> tuple[str, Schema]:
         raise GrammarError(
             f"{path}: what {clip(repr(reference))} names is no schema.", "Correct the reference."
         )
-    return place, value
+    return Target(steps, place, value)
 
 
 def unsupported_in_pattern(pattern: str) -> str | None:
