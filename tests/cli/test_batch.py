@@ -27,11 +27,13 @@ MODEL = "smollm2-135m-instruct"
 
 # `ayllu` with a scripted engine that notes what is asked of it, and never answers more than HOLD requests.
 SCRIPTED = """
-import itertools, os, sys, time, types
+import itertools, os, signal, sys, time, types
 from pathlib import Path
 from tests.engine.scripted_engine import ScriptedEngine, prompt_text, shout
 from ayllu.cli import opening
 
+# What runs the tests may itself have been started with Ctrl-C ignored, which children inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 started = itertools.count(1)
 
 def script(asked):

@@ -156,6 +156,15 @@ HOSTILE: Sequence[Hostile] = (
         WRONG,
     ),
     _json("10,000 properties", {"properties": {f"k{n}": {"type": "null"} for n in range(10_000)}}, WRONG),
+    _json("45,000 properties", {"properties": {f"k{n}": {} for n in range(45_000)}}, WRONG),
+    _json("300 combinations of 10,000 definitions", {
+        "anyOf": [{"allOf": [{"$ref": "#/$defs/d0"}, {}]} for _ in range(300)],
+        "$defs": {f"d{n}": {"items": {"$ref": f"#/$defs/d{n + 1}"}} for n in range(10_000)} | {"d10000": {}},
+    }, WRONG),
+    _json("a chain of 15,000 definitions", {
+        "$ref": "#/$defs/d0",
+        "$defs": {f"d{n}": {"items": {"$ref": f"#/$defs/d{n + 1}"}} for n in range(15_000)} | {"d15000": {}},
+    }, WRONG, None),
     _json("2,000 leaves", {"properties": {f"k{n}": {"maxLength": n + 1} for n in range(2000)}}, WRONG),
     _json("a list of 100,000", {"type": "array", "items": {}, "minItems": 100_000, "maxItems": 100_000}),
     _json("a string of a million", {"type": "string", "maxLength": 1_000_000}),

@@ -39,7 +39,7 @@ class _PlainPool:
 class PoolMachine(RuleBasedStateMachine):
     """`BlockPool` against `_PlainPool`."""
 
-    @initialize(total=st.integers(1, 8))
+    @initialize(total=st.integers(1, 5))
     def start(self, total) -> None:
         self.pool, self.plain, self.held = BlockPool(total), _PlainPool(total), []
 
@@ -98,7 +98,18 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestPoolMachine.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+
+
+def test_empty_blocks_are_taken_before_memories_and_those_by_age() -> None:
+    pool = BlockPool(4)
+    blocks = [pool.take() for _ in range(4)]
+    for block in (0, 1, 2):
+        pool.remember(block, bytes([block]))
+    for block in (1, 0, 3, 2):
+        pool.release(block)
+    assert sorted(blocks) == [0, 1, 2, 3]
+    assert [pool.take() for _ in range(4)] == [3, 1, 0, 2]
 
 
 def test_a_block_released_once_too_often_is_an_error() -> None:

@@ -30,6 +30,7 @@ class SchemaSource(Protocol):
 
     def define(self, reference: object, path: str) -> Target: ...
     def check(self, schema: Any, path: str) -> None: ...
+    def count_combined(self) -> None: ...
     def node(self, schema: Any, path: str) -> Node: ...
 
 
@@ -40,21 +41,23 @@ def combined(schema: Mapping[str, Any], path: str, source: SchemaSource) -> Comb
     if "patternProperties" in schema and not set(IN_PLACE) & schema.keys():
         whole.setdefault("additionalProperties", False)
     defined: dict[str, Any] = {}
-    while missing := [entry for entry in writer.named.values() if entry[0] not in defined]:
-        for name, target in missing:
-            defined[name] = writer.plain(target.schema, target.path)
+    while writer.unwritten:
+        name, target = writer.unwritten.pop()
+        defined[name] = writer.plain(target.schema, target.path)
     return Combined(path, {**whole, "$defs": defined} if defined else whole)
 
 
 class _Writer:
     def __init__(self, source: SchemaSource) -> None:
         self._source = source
-        self.named: dict[tuple[str, ...], tuple[str, Target]] = {}
+        self._names: dict[tuple[str, ...], str] = {}
+        self.unwritten: list[tuple[str, Target]] = []
 
     def plain(self, schema: Any, path: str) -> Any:
         """One schema with all inside it."""
         if isinstance(schema, bool):
             return schema
+        self._source.count_combined()
         self._source.check(schema, path)
         if "not" in schema:
             return False
@@ -73,7 +76,10 @@ class _Writer:
         match word:
             case "$ref":
                 target = self._source.define(value, place)
-                name, _ = self.named.setdefault(target.pointer, (f"d{len(self.named)}", target))
+                name = self._names.get(target.pointer)
+                if name is None:
+                    name = self._names[target.pointer] = f"d{len(self._names)}"
+                    self.unwritten.append((name, target))
                 return {word: f"#/$defs/{name}"}
             case "oneOf":
                 # Read once for its own sake: only there is it checked that no answer meets two of them.

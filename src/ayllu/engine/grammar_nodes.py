@@ -42,7 +42,7 @@ class Boolean:
 
 @dataclass(frozen=True)
 class Literals:
-    """One of these values."""
+    """One of these strings, numbers, or words."""
 
     path: str
     values: tuple[Any, ...]

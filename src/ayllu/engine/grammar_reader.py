@@ -47,6 +47,8 @@ from ayllu.engine.grammar_nodes import (
 from ayllu.engine.json_schema import Schema, Target, measure, member, resolve
 from ayllu.errors import GrammarError
 
+MAX_COMBINED_PARTS = 50_000
+
 
 def read_schema(schema: Schema, path: str = "$") -> SchemaTree:
     """The tree of a schema that stands at `path` of what the user gave.
@@ -92,6 +94,8 @@ class _Reader:
         self._root = root
         self._path = path
         self._targets: dict[str, Target] = {}
+        self._unread: list[str] = []
+        self._combined_parts = 0
         self._one_of: list[tuple[str, tuple[Node, ...]]] = []
         self.definitions: dict[str, Node] = {}
 
@@ -123,16 +127,25 @@ class _Reader:
             raise GrammarError(f"{path}: a schema must be an object, true or false.", "Correct the schema.")
         check_words(schema, path, at_root=schema is self._root)
 
+    def count_combined(self) -> None:
+        """Called for each part of a combined schema: every one brings all the definitions it refers to."""
+        self._combined_parts += 1
+        if self._combined_parts > MAX_COMBINED_PARTS:
+            raise GrammarError(
+                f"{self._path}: combined schemas have over {MAX_COMBINED_PARTS} parts, definitions included.",
+                "Use fewer of allOf and of keywords beside $ref and anyOf.",
+            )
+
     def define(self, reference: object, path: str) -> Target:
         """What `reference` names."""
         return resolve(self._root, reference, path, self._path)
 
     def read_definitions(self) -> None:
         """Read what is referred to, and what that refers to, until nothing is missing."""
-        while missing := [name for name in self._targets if name not in self.definitions]:
-            for name in missing:
-                target = self._targets[name]
-                self.definitions[name] = self.node(target.schema, target.path)
+        while self._unread:
+            name = self._unread.pop()
+            target = self._targets[name]
+            self.definitions[name] = self.node(target.schema, target.path)
 
     def check_cycles(self) -> None:
         """Raises GrammarError for definitions that come back to themselves without a value between."""
@@ -180,7 +193,9 @@ class _Reader:
         if word == "$ref":
             target = self.define(schema[word], place)
             name = "/".join(step.replace("~", "~0").replace("/", "~1") for step in target.pointer)
-            self._targets.setdefault(name, target)
+            if name not in self._targets:
+                self._targets[name] = target
+                self._unread.append(name)
             return Reference(path, name)
         if word == "allOf" and len(schema[word]) > 1:
             return combined(schema, path, self)
@@ -267,7 +282,24 @@ def _literals(schema: Mapping[str, Any], path: str) -> Node:
         if "number" in allowed:
             allowed.add("integer")
         values = [value for value in values if json_type(value) in allowed]
-    return Literals(path, tuple(values)) if values else Nothing(path)
+    plain = tuple(value for value in values if not isinstance(value, dict | list | tuple))
+    options: list[Node] = [Literals(path, plain)] if plain else []
+    options += [_constant(value, path) for value in values if isinstance(value, dict | list | tuple)]
+    if not options:
+        return Nothing(path)
+    return options[0] if len(options) == 1 else Union(path, tuple(options))
+
+
+def _constant(value: Any, path: str) -> Node:
+    """Exactly this value. Its parts are nodes like any others: written as one literal, it would keep the
+    library from going on with another object or list that begins alike."""
+    if isinstance(value, dict):
+        parts = {name: _constant(item, path) for name, item in value.items()}
+        return Object(path, parts, frozenset(parts), Nothing(path), Text(path), sealed=True)
+    if isinstance(value, list | tuple):
+        items = tuple(_constant(item, path) for item in value)
+        return Array(path, items, Nothing(path), len(items), len(items))
+    return Literals(path, (value,))
 
 
 def _text(schema: Mapping[str, Any], path: str) -> Node:

@@ -28,7 +28,7 @@ from ayllu.engine.grammar_nodes import (
     Text,
     Union,
 )
-from ayllu.errors import clip, one_line
+from ayllu.errors import GrammarError, clip, one_line
 
 Style = Literal["json", "python"]
 
@@ -38,6 +38,8 @@ LIBRARY_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_s
 _NO_CONTROL_CHARACTERS = {"json_allowed_escapes": 'nrbtf\\"'}
 """Strings that only have a length need no \\u escapes, by which the library writes control characters. Where
 a pattern or a constant asks for one it must have them: it would silently leave the character out."""
+
+MAX_SOURCE_CHARACTERS = 4 << 20
 
 _STEP = 1e-9
 _SMALLEST_RANGE = 1e-6
@@ -109,13 +111,19 @@ class LarkWriter:
         return name
 
     def source(self, start: str) -> str:
-        """The grammar whose answers are `start`."""
+        """The grammar whose answers are `start`. Raises GrammarError if it is too long to be compiled."""
         while self._promised:
             name, body, path = self._promised.pop()
             self._add(name, body(), path)
         used = sorted(self._used | {_NEEDS[name] for name in self._used if name in _NEEDS})
         terminals = [f"{name}: {_TERMINALS[name]}" for name in used]
-        return "\n".join(["%llguidance {}", f"start: {start}", *self._rules, *terminals, ""])
+        source = "\n".join(["%llguidance {}", f"start: {start}", *self._rules, *terminals, ""])
+        if len(source) > MAX_SOURCE_CHARACTERS:
+            raise GrammarError(
+                f"The grammar is too complex: it takes {len(source)} characters of {MAX_SOURCE_CHARACTERS}.",
+                "Use fewer properties and alternatives.",
+            )
+        return source
 
     def schema(self, tree: SchemaTree, style: Style = "json") -> SchemaWriter:
         """A writer of the parts of `tree` into this grammar."""

@@ -36,7 +36,7 @@ Schema = dict[str, Any] | bool
 
 
 def member(path: str, key: str | int) -> str:
-    """The JSON path of a member: `$.properties.a`, `$.anyOf[0]`, `$["odd key"]`; long ones lose their middle."""
+    """The JSON path of a member: `$.properties.a`, `$.anyOf[0]`, `$["odd key"]`; long ones are cut."""
     if len(path) > _LONGEST_PATH:
         path = f"{path[: _LONGEST_PATH // 2]}…{path[-_LONGEST_PATH // 2 + 1 :]}"
     if isinstance(key, int):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from ayllu.engine.block_cache import BlockCache
 from ayllu.engine.sequence import Sequence
-from ayllu.errors import ContextOverflowError, OverloadedError, UsageError
+from ayllu.errors import ContextOverflowError, OverloadedError
 
 PRIORITY_TOKENS = 16_384
 """Head start of one level of priority, in tokens of work: a request of a higher level goes first unless the
@@ -109,16 +109,12 @@ class Scheduler:
         return self._open > 0
 
     def require_room(self, sequences: int) -> None:
-        """Raises OverloadedError when the queue cannot take so many more now, UsageError if it never can."""
-        if sequences > self.most_waiting + self.slots:
-            raise UsageError(
-                f"{sequences} sequences at once; at most {self.slots} can run and {self.most_waiting} wait.",
-                "Ask for fewer at a time, or give the engine a longer queue.",
-            )
-        if self.waiting + sequences > self.most_waiting + self.slots - self.running:
+        """Raises OverloadedError when the queue cannot take so many more."""
+        most = self.most_waiting + self.slots
+        if self._open + sequences > most:
             raise OverloadedError(
                 f"The queue is full: {self.waiting} sequences wait, at most {self.most_waiting} may.",
-                "Try again later.",
+                "Try again later." if sequences <= most else f"Ask for at most {most} answers at once.",
             )
 
     def require_fit(self, limit: int) -> None:
