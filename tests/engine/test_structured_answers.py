@@ -23,9 +23,10 @@ from ayllu.engine.requests import (
     JsonStructure,
     RegexStructure,
     Structure,
+    TextPrompt,
     ToolUse,
 )
-from ayllu.errors import GrammarError
+from ayllu.errors import GrammarError, RequestFailedError
 from tests.engine.grammar_corpus import random_schema
 
 
@@ -117,3 +118,42 @@ def test_a_bad_grammar_after_a_good_one_harms_nobody(engine: NativeEngine) -> No
     assert re.fullmatch(r"\d+", "".join(_ask(engine, "A number?", RegexStructure(r"\d{1,5}"), 1)))
     running.stop()
     assert running.finish_reason in ("cancelled", "stop", "length")
+
+
+def _answers(engine: NativeEngine) -> list[Reply]:
+    """Three answers, started together."""
+    return [
+        Reply(
+            engine.submit(
+                GenerateRequest(prompt=TextPrompt(text), sampling=Sampling(temperature=0), max_new_tokens=40)
+            )
+        )
+        for text in ("The sea is", "Once upon a time", "1, 2, 3,")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("ayllu.engine.preparation._require_unicode", "checked"),
+        ("ayllu.engine.preparation.Preparation._text_ids", "rendered as a prompt"),
+        ("ayllu.engine.grammar.grammar_of", "given a grammar"),
+    ],
+    ids=["validate", "tokenise", "grammar"],
+)
+def test_a_fault_before_the_engine_fails_its_own_request_alone_100_times_of_100(
+    engine: NativeEngine, monkeypatch: pytest.MonkeyPatch, where: str, what: str
+) -> None:
+    quiet = ["".join(reply) for reply in _answers(engine)]
+    others = _answers(engine)
+
+    def broken(*_: object) -> None:
+        raise ValueError("nobody expected this")
+
+    monkeypatch.setattr(where, broken)
+    for _ in range(100):
+        with pytest.raises(RequestFailedError, match=f"could not be {what}: ValueError"):
+            engine.submit(GenerateRequest(prompt=TextPrompt("x"), structure=ChoiceStructure(("a",))))
+    monkeypatch.undo()
+    assert ["".join(reply) for reply in others] == quiet
+    assert ["".join(reply) for reply in _answers(engine)] == quiet

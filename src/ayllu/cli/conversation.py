@@ -22,6 +22,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from ayllu.chat.messages import Message, user_message
 from ayllu.cli.terminal import read_image, write_answer
+from ayllu.engine.memory_plan import size_text
 from ayllu.engine.parameters import Sampling
 from ayllu.engine.reply import Reply
 from ayllu.engine.requests import ChatPrompt, GenerateRequest
@@ -113,8 +114,12 @@ class Conversation:
 
     def run(self) -> None:
         """Read and answer until the person leaves."""
-        facts = self.engine.info.facts
-        print(f"{self.name}, {facts['dtype']} on {facts['device']}. /help lists the commands.")
+        facts, context = self.engine.info.facts, self.engine.info.context
+        needed, free = size_text(int(facts["total_bytes"])), size_text(int(facts["available_bytes"]))
+        print(
+            f"{self.name}, {facts['dtype']} on {facts['device']}: {context:,} tokens of context, "
+            f"{needed} of {free} free memory. /help lists the commands."
+        )
         session: PromptSession[str] = PromptSession(
             history=_history(),
             completer=WordCompleter(list(self.commands), sentence=True),
