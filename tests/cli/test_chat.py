@@ -141,6 +141,8 @@ class Terminal:
     def __init__(self, *arguments: str, state: Path) -> None:
         self.process_id, self.descriptor = pty.fork()
         if self.process_id == 0:
+            # What runs the tests may have been started with Ctrl-C ignored, which children inherit.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.environ |= {"TERM": "xterm", "COLUMNS": "100", "LINES": "40", "XDG_STATE_HOME": str(state)}
             os.execv(sys.executable, [*AYLLU, *arguments])
         self.shown = ""

@@ -83,6 +83,17 @@ def test_formats_are_kept(compiler: GrammarCompiler, tokenizer: Tokenizer, name:
     assert jsonschema_rs.is_valid(schema, right, validate_formats=True)
 
 
+def test_no_format_goes_on_for_ever(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    """A small model wrote ones behind the seconds of a time until it was stopped."""
+    for schema in ({"type": "string", "format": "time"}, {"allOf": [{"format": "time"}, {"type": "string"}]}):
+        assert follows(compiler, tokenizer, schema, '"12:00:00.123456789+01:00"')
+        assert not follows(compiler, tokenizer, schema, '"12:00:00.1234567891+01:00"')
+    for name in FORMATS:
+        spec = grammar_of(JsonStructure({"type": "string", "format": name}))
+        for seed in range(3):
+            assert random_answer(compiler.compiled(spec)[0], tokenizer, seed, tokens=2100) is not None
+
+
 SEPARATED = '{"a": [1, 2], "b": {}}'
 LIST_AND_OBJECT = {
     "type": "object",

@@ -210,12 +210,12 @@ CASES = [*lengths_and_beginnings(), *layouts(), *entries()]
 
 def refused(path: Path, data: bytes) -> AylluError:
     path.write_bytes(data)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises((ModelFileError, UnsupportedError)) as caught:
         opened = SafetensorsFile(path)
         for name in opened:
             opened[name]
-    assert time.perf_counter() - started <= 1.0
+    assert time.process_time() - started <= 1.0
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 2000
