@@ -217,6 +217,7 @@ def main() -> None:
     }
     with open_engine(path, EngineOptions(context=4096)) as engine:
         report["ayllu"] = answer_all(engine, cases, 8)
+    write_result("tool_calls", report)
     if not options.no_peer:
         with llama_cpp(path) as engine:
             report["llama.cpp"] = answer_all(engine, cases, 4)

@@ -121,3 +121,11 @@ def test_a_sequence_without_a_turn_has_no_place_in_an_order() -> None:
         _ = sequence.order
     sequence.rank = 1.5
     assert sequence.order == (1.5, 3)
+
+
+def test_an_images_rows_are_told_apart_even_if_its_digest_did_not() -> None:
+    def keys(*rows: int) -> list[bytes]:
+        return BlockKeys(b"", 4, [("d", count) for count in rows], PATCH).up_to([PATCH] * 8, 2)
+
+    assert keys(8)[0] == keys(4, 4)[0]
+    assert keys(8)[1] != keys(4, 4)[1]

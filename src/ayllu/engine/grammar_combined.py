@@ -100,7 +100,8 @@ class _Writer:
             case "minProperties" if value > 1:
                 raise unsupported(path, word, "properties cannot be counted here.", "Leave it out.")
             case "format":
-                return {word: value} if value in FORMATS else {}
+                limit = {} if "maxLength" in schema else {"maxLength": FORMATS.get(value)}
+                return {word: value, **limit} if value in FORMATS else {}
             case "enum" | "const" | "type" | "required" | "pattern":
                 return {word: value}
             case "minLength" | "maxLength" | "minItems" | "maxItems" | "minProperties" | "maxProperties":

@@ -311,6 +311,9 @@ def _text(schema: Mapping[str, Any], path: str) -> Node:
             constraints[word] = int(constraints[word])
     if constraints.get("minLength") == 0:
         del constraints["minLength"]
+    if "format" in constraints:
+        longest = FORMATS[constraints["format"]]
+        constraints["maxLength"] = min(longest, constraints.get("maxLength", longest))
     if "maxLength" in constraints and constraints.get("minLength", 0) > constraints["maxLength"]:
         return Nothing(path)
     return Text(path, constraints)
