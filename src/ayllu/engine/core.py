@@ -102,7 +102,7 @@ class EngineCore:
             self._submit_embedding(request)
             return
         self._require_tokens(request.id, request.token_ids, request.max_new_tokens)
-        self.scheduler.require_room(request.n)
+        self.scheduler.require_room(request.n + sum(job.request.n for job, _ in self._compiling.values()))
         rows = self._image_rows(request)
         job = GenerationJob(request, self._patch_token)
         if request.adapter is not None:

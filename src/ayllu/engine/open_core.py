@@ -65,8 +65,7 @@ def open_core(
     decoder = load_decoder(checkpoint, device=device, dtype=dtype, progress=progress)
     load_peak = process.peak_resident_bytes() - before
     step_tokens = max(options.step_tokens, plan.slots)
-    # In deterministic mode a piece must always fit beside the other slots' single tokens.
-    piece = max(1, (step_tokens - plan.slots + 1) // 2) if options.deterministic else None
+    piece = _fixed_piece(step_tokens, plan) if options.deterministic else None
     cache = BlockCache(
         plan.groups,
         plan.block_counts,
@@ -90,6 +89,13 @@ def open_core(
         model_identity=f"{path.resolve()}:{path.stat().st_mtime_ns}",
         deterministic=options.deterministic,
     )
+
+
+def _fixed_piece(step_tokens: int, plan: MemoryPlan) -> int:
+    """Tokens of a prompt piece in deterministic mode: it always fits beside the other slots' tokens, and
+    is whole blocks where possible, because prefixes are found in multiples of both."""
+    piece = max(1, (step_tokens - plan.slots + 1) // 2)
+    return piece - piece % plan.block_tokens if piece >= plan.block_tokens else piece
 
 
 def _available_on(device: str) -> int:
