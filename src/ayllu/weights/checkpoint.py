@@ -6,14 +6,14 @@ there with the right shape before anyone starts to load.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ayllu.errors import ModelFileError, UnsupportedError
 from ayllu.model.config import ModelConfig
-from ayllu.model.parameters import parameter_shapes
+from ayllu.model.parameters import Shapes, parameter_shapes
 from ayllu.weights.tensors import StoredTensor
 
 
@@ -32,26 +32,35 @@ class Checkpoint:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        expected = parameter_shapes(self.config)
-        for name, shape in expected.items():
-            tensor = self.tensors.get(name)
-            if tensor is None:
-                raise ModelFileError(self.path, "a tensor is missing", field=name, expected=shape)
-            if tensor.shape != shape:
-                raise ModelFileError(
-                    self.path, "a tensor has the wrong shape", field=name, expected=shape, got=tensor.shape
-                )
-        for name in self.tensors:
-            if name not in expected:
-                raise ModelFileError(self.path, "a tensor does not belong to this architecture", field=name)
+        require_tensors(self.path, self.tensors, parameter_shapes(self.config))
 
     @property
     def bytes_by_encoding(self) -> dict[str, int]:
         """Bytes stored in each encoding, largest first."""
-        totals: dict[str, int] = {}
-        for tensor in self.tensors.values():
-            totals[tensor.encoding] = totals.get(tensor.encoding, 0) + tensor.nbytes
-        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+        return bytes_by_encoding(self.tensors.values())
+
+
+def require_tensors(path: Path, tensors: Mapping[str, StoredTensor], expected: Shapes) -> None:
+    """Raises ModelFileError unless `tensors` are exactly the `expected` ones, each of its shape."""
+    for name, shape in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise ModelFileError(path, "a tensor is missing", field=name, expected=shape)
+        if tensor.shape != shape:
+            raise ModelFileError(
+                path, "a tensor has the wrong shape", field=name, expected=shape, got=tensor.shape
+            )
+    for name in tensors:
+        if name not in expected:
+            raise ModelFileError(path, "a tensor does not belong to this architecture", field=name)
+
+
+def bytes_by_encoding(tensors: Iterable[StoredTensor]) -> dict[str, int]:
+    """Bytes stored in each encoding, largest first."""
+    totals: dict[str, int] = {}
+    for tensor in tensors:
+        totals[tensor.encoding] = totals.get(tensor.encoding, 0) + tensor.nbytes
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

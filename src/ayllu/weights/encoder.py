@@ -15,6 +15,7 @@ from typing import Any
 from ayllu.errors import AylluError, ModelFileError, UnsupportedError, clip
 from ayllu.folder_files import member_path
 from ayllu.model.encoder_config import EncoderConfig, encoder_parameter_shapes
+from ayllu.weights.checkpoint import bytes_by_encoding, require_tensors
 from ayllu.weights.file_kinds import PICKLE_SUFFIXES
 from ayllu.weights.hf_config import ENCODER_TYPES, read_config
 from ayllu.weights.hf_fields import Fields
@@ -55,26 +56,12 @@ class EncoderCheckpoint:
     tensors: Mapping[str, PlainTensor]
 
     def __post_init__(self) -> None:
-        expected = encoder_parameter_shapes(self.config)
-        for name, shape in expected.items():
-            tensor = self.tensors.get(name)
-            if tensor is None:
-                raise ModelFileError(self.path, "a tensor is missing", field=name, expected=shape)
-            if tensor.shape != shape:
-                raise ModelFileError(
-                    self.path, "a tensor has the wrong shape", field=name, expected=shape, got=tensor.shape
-                )
-        for name in self.tensors:
-            if name not in expected:
-                raise ModelFileError(self.path, "a tensor does not belong to this architecture", field=name)
+        require_tensors(self.path, self.tensors, encoder_parameter_shapes(self.config))
 
     @property
     def bytes_by_encoding(self) -> dict[str, int]:
         """Bytes stored in each encoding, largest first."""
-        totals: dict[str, int] = {}
-        for tensor in self.tensors.values():
-            totals[tensor.encoding] = totals.get(tensor.encoding, 0) + tensor.nbytes
-        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+        return bytes_by_encoding(self.tensors.values())
 
 
 def is_encoder_folder(path: Path) -> bool:
