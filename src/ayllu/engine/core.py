@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ayllu.chat.tokenizer import Tokenizer
+from ayllu.engine.admission import image_rows, require_tokens
 from ayllu.engine.answer import Grammar
 from ayllu.engine.events import Event, Failed
 from ayllu.engine.jobs import EmbeddingJob, GenerationJob, Job
@@ -27,7 +28,7 @@ from ayllu.engine.scheduler import Piece, Scheduler
 from ayllu.engine.sequence import Sequence
 from ayllu.engine.step_runner import Adapters, RunnerPiece, StepRunner
 from ayllu.engine.working_memory import LOGIT_ROWS
-from ayllu.errors import AylluError, ContextOverflowError, RequestFailedError, UsageError, clip
+from ayllu.errors import AylluError, RequestFailedError, UsageError, clip
 from ayllu.model.config import ModelConfig
 from ayllu.weights.adapter import read_adapter
 
@@ -103,7 +104,7 @@ class EngineCore:
             return
         self._require_tokens(request.id, request.token_ids, request.max_new_tokens)
         self.scheduler.require_room(request.n + sum(job.request.n for job, _ in self._compiling.values()))
-        rows = self._image_rows(request)
+        rows = image_rows(request, self._config.vision)
         job = GenerationJob(request, self._patch_token)
         if request.adapter is not None:
             job.adapter = self._adapters.acquire(request.adapter)
@@ -180,7 +181,7 @@ class EngineCore:
             del self._compiling[job.id]
             try:
                 grammars = compiled.result()
-                self._open(job, self._image_rows(job.request), grammars)
+                self._open(job, image_rows(job.request, self._config.vision), grammars)
             except Exception as error:
                 self._fail(job, error, "grammar", said)
 
@@ -346,47 +347,9 @@ class EngineCore:
 
     def _require_tokens(self, request_id: str, tokens: AbstractSequence[int], new_tokens: int) -> None:
         if request_id in self._jobs:
-            raise UsageError(
-                f"There is a request {clip(request_id)} already.", "Give each request its own id."
-            )
-        if not tokens:
-            raise UsageError("The prompt is empty.", "Give at least one token.")
-        context = self.facts.context
-        if len(tokens) + new_tokens > context:
-            raise ContextOverflowError(
-                f"The conversation has {len(tokens)} tokens; the context holds {context}.",
-                "Start a new conversation (/new), shorten the input, or raise --context.",
-            )
-        size = self._config.vocab_size
-        outside = next((token for token in tokens if not 0 <= token < size), None)
-        if outside is not None:
-            raise UsageError(
-                f"Token {outside} is not in the vocabulary of {size}.", "Use this model's tokenizer."
-            )
+            raise UsageError(f"There is a request {clip(request_id)} already.", "Give each its own id.")
+        require_tokens(tokens, new_tokens, self.facts.context, self._config.vocab_size)
         self.scheduler.require_fit(len(tokens) + new_tokens)
-
-    def _image_rows(self, request: PreparedRequest) -> list[int]:
-        """Rows of each image. Raises UsageError when they are not as many as the prompt's patch tokens."""
-        vision = self._config.vision
-        if not request.images:
-            return []
-        if vision is None:
-            raise UsageError("This model reads no images.", "Choose a model with a vision tower.")
-        tile = (vision.num_channels, vision.image_size, vision.image_size)
-        for image in request.images:
-            if image.pixels.shape[1:] != tile:
-                raise UsageError(
-                    f"An image has tiles of {image.pixels.shape[1:]} numbers; this model reads {tile}.",
-                    "Cut the image with this model's chat format.",
-                )
-        rows = [image.pixels.shape[0] * vision.tokens_per_tile for image in request.images]
-        patches = request.token_ids.count(vision.patch_token_id)
-        if sum(rows) != patches:
-            raise UsageError(
-                f"The prompt has {patches} image patch tokens but {sum(rows)} image rows.",
-                "Render the prompt and its images together.",
-            )
-        return rows
 
     def _root(self, tenant: str, adapter: str | None) -> bytes:
         """What else two prompts must have in common to share cache blocks."""
@@ -396,15 +359,13 @@ class EngineCore:
             state.update(len(encoded).to_bytes(8, "big") + encoded)
         return state.digest()
 
-    def _open(
-        self, job: GenerationJob, image_rows: list[int], grammars: AbstractSequence[Grammar | None]
-    ) -> None:
+    def _open(self, job: GenerationJob, rows: list[int], grammars: AbstractSequence[Grammar | None]) -> None:
         job.open(
             self._tokenizer,
             self._root(job.tenant, job.adapter),
             self.scheduler.cache.block_tokens,
             self._patch_token,
-            image_rows,
+            rows,
             grammars,
             shares_prefix=self.scheduler.cache.remembers,
         )
