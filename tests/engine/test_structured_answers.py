@@ -36,6 +36,13 @@ def engine(smollm2_gguf: Path) -> Iterator[NativeEngine]:
         yield opened
 
 
+@pytest.fixture(scope="module")
+def exact_engine(smollm2_gguf: Path) -> Iterator[NativeEngine]:
+    """In bfloat16 what runs beside an answer may flip a token between near-equals; not in this mode."""
+    with open_engine(smollm2_gguf, EngineOptions(context=512, slots=4, deterministic=True)) as opened:
+        yield opened
+
+
 def _ask(engine: NativeEngine, question: str, structure: Structure | None, seed: int, **options) -> Reply:
     return Reply(
         engine.submit(
@@ -142,10 +149,10 @@ def _answers(engine: NativeEngine) -> list[Reply]:
     ids=["validate", "tokenise", "grammar"],
 )
 def test_a_fault_before_the_engine_fails_its_own_request_alone_100_times_of_100(
-    engine: NativeEngine, monkeypatch: pytest.MonkeyPatch, where: str, what: str
+    exact_engine: NativeEngine, monkeypatch: pytest.MonkeyPatch, where: str, what: str
 ) -> None:
-    quiet = ["".join(reply) for reply in _answers(engine)]
-    others = _answers(engine)
+    quiet = ["".join(reply) for reply in _answers(exact_engine)]
+    others = _answers(exact_engine)
 
     def broken(*_: object) -> None:
         raise ValueError("nobody expected this")
@@ -153,7 +160,7 @@ def test_a_fault_before_the_engine_fails_its_own_request_alone_100_times_of_100(
     monkeypatch.setattr(where, broken)
     for _ in range(100):
         with pytest.raises(RequestFailedError, match=f"could not be {what}: ValueError"):
-            engine.submit(GenerateRequest(prompt=TextPrompt("x"), structure=ChoiceStructure(("a",))))
+            exact_engine.submit(GenerateRequest(prompt=TextPrompt("x"), structure=ChoiceStructure(("a",))))
     monkeypatch.undo()
     assert ["".join(reply) for reply in others] == quiet
-    assert ["".join(reply) for reply in _answers(engine)] == quiet
+    assert ["".join(reply) for reply in _answers(exact_engine)] == quiet
