@@ -11,6 +11,7 @@ import pytest
 
 from ayllu.chat.tokenizer import Tokenizer
 from ayllu.engine.grammar import GrammarCompiler, grammar_of
+from ayllu.engine.grammar_recursion import MAX_LEVELS
 from ayllu.engine.json_schema import validate_json
 from ayllu.engine.model_files import tokenizer_for
 from ayllu.engine.requests import JsonStructure
@@ -239,6 +240,80 @@ def test_what_schemas_mean(
         validate_json(schema, text)
 
 
+NODE = {"type": "object", "properties": {"v": {"type": "null"}, "next": {"$ref": "#/$defs/n"}}}
+ONE_OF = {
+    "type": "object",
+    "properties": {"next": {"oneOf": [{"$ref": "#/$defs/n"}, {"const": 5}]}},
+    "required": ["next"],
+}
+EITHER = {"anyOf": [{"$ref": "#/$defs/n"}, {"type": "null"}]}
+
+
+def nested(levels: int, end: str) -> str:
+    return '{"next": ' * levels + end + "}" * levels
+
+
+@pytest.mark.parametrize(
+    ("definition", "end"),
+    [
+        (NODE, "{}"),
+        ({**NODE, "properties": {"next": EITHER}, "required": ["next"]}, '{"next": null}'),
+        ({"properties": {"next": {"$ref": "#/$defs/m"}}}, "{}"),
+        (ONE_OF, '{"next": 5}'),
+    ],
+)  # fmt: skip
+def test_what_describes_itself_nests_so_deep_and_no_deeper(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, definition: Any, end: str
+) -> None:
+    """A small model that may nest for ever did: {"v": null, "next": {"v": null, ... until it was stopped."""
+    schema = {"$ref": "#/$defs/n", "$defs": {"n": definition, "m": {"$ref": "#/$defs/n"}}}
+    deepest = MAX_LEVELS - 1
+    assert follows(compiler, tokenizer, schema, nested(deepest, end))
+    assert not follows(compiler, tokenizer, schema, nested(deepest + 1, end))
+    validate_json(schema, nested(deepest, end))
+
+
+def test_any_value_nests_so_deep_and_no_deeper(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    assert follows(compiler, tokenizer, {}, "[" * 16 + "]" * 16)
+    assert not follows(compiler, tokenizer, {}, "[" * 17 + "]" * 17)
+    assert follows(compiler, tokenizer, {"type": "object"}, nested(16, "[]"))
+
+
+def test_definitions_that_do_not_describe_themselves_nest_without_limit(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    levels = 3 * MAX_LEVELS
+    chain: dict[str, Any] = {
+        f"d{n}": {"properties": {"next": {"$ref": f"#/$defs/d{n + 1}"}}} for n in range(levels)
+    }
+    schema = {"$ref": "#/$defs/d0", "$defs": {**chain, f"d{levels}": {"const": 1}}}
+    assert follows(compiler, tokenizer, schema, nested(levels, "1"))
+
+
+def test_a_large_description_of_itself_nests_without_limit(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    many = {f"p{n}": {"type": "null"} for n in range(400)}
+    schema = {"$ref": "#/$defs/n", "$defs": {"n": {"properties": {"next": {"$ref": "#/$defs/n"}, **many}}}}
+    assert follows(compiler, tokenizer, schema, nested(2 * MAX_LEVELS, "{}"))
+
+
+def test_a_value_that_needs_more_levels_than_there_are_is_written_all_the_same(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    """Definitions that lead on to each other and back, of which the smallest value is deep already."""
+    levels = MAX_LEVELS + 8
+    chain: dict[str, Any] = {
+        f"d{n}": {
+            "properties": {"next": {"$ref": f"#/$defs/d{n + 1}"}, "back": {"$ref": "#/$defs/d0"}},
+            "required": ["next"],
+        }
+        for n in range(levels)
+    }
+    schema = {"$ref": "#/$defs/d0", "$defs": {**chain, f"d{levels}": {"const": 1}}}
+    assert follows(compiler, tokenizer, schema, nested(levels, "1"))
+
+
 def test_references_in_combined_schemas_keep_their_meaning(
     compiler: GrammarCompiler, tokenizer: Tokenizer
 ) -> None:
@@ -260,6 +335,7 @@ def test_references_in_combined_schemas_keep_their_meaning(
 
 
 ONE_KIND = {"type": "object", "properties": {"kind": {"const": "a"}}, "required": ["kind"]}
+REQUIRES_B = {"type": "object", "properties": {"b": {}}, "required": ["b"]}
 OTHER_KIND = {"type": "object", "properties": {"kind": {"enum": ["b", "c"]}}, "required": ["kind"]}
 
 
@@ -281,6 +357,12 @@ OTHER_KIND = {"type": "object", "properties": {"kind": {"enum": ["b", "c"]}}, "r
         ([{"type": "string", "maxLength": 3}, {"type": "string", "minLength": 4}], False),
         ([{"$ref": "#/$defs/one"}, {"$ref": "#/$defs/other"}], True),
         ([{}, {"type": "null"}], False),
+        # A schema without a type allows all values of other types, though none is written for it.
+        ([{"properties": {"a": {}}}, {"const": 5}], False),
+        ([{"type": "object", "properties": {"a": {}}}, {"const": 5}], True),
+        ([{"minimum": 5, "maximum": 3}, {"type": "string"}], False),
+        ([{"maxLength": 5}, {"type": "null"}], False),
+        ([{"items": {}}, {"type": "null"}], False),
     ],
 )  # fmt: skip
 def test_one_of_is_taken_where_no_answer_can_meet_two(options: list[Any], apart: bool) -> None:
@@ -291,6 +373,34 @@ def test_one_of_is_taken_where_no_answer_can_meet_two(options: list[Any], apart:
     with pytest.raises(UnsupportedError) as caught:
         grammar_of(JsonStructure(schema))
     assert caught.value.problem.startswith("$.properties.x.oneOf: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "apart"),
+    [
+        ([ONE_KIND, OTHER_KIND], True),
+        ([{"type": "string"}, {"type": "null"}], True),
+        ([{"required": ["a"]}, {"required": ["b"]}], False),
+        ([{"type": "object", "properties": {"a": {}}, "required": ["a"]},
+          {"type": "object", "properties": {"b": {}}, "required": ["b"]}], False),
+        ([{**ONE_KIND, "additionalProperties": False}, {**REQUIRES_B, "additionalProperties": False}], True),
+        ([{"properties": ONE_KIND["properties"], "required": ["kind"]},
+          {"properties": OTHER_KIND["properties"], "required": ["kind"]}], False),
+        ([{"maximum": 5}, {"minimum": 6}], False),
+        ([{"minimum": 5}, {"type": "string"}], False),
+        ([{"minimum": 5, "maximum": 3}, {"type": "string"}], False),
+    ],
+)  # fmt: skip
+def test_one_of_in_a_combined_schema_counts_what_the_library_may_write(
+    options: list[Any], apart: bool
+) -> None:
+    """The library writes properties that no schema names: an answer of one could become one of the other."""
+    schema = {"title": "x", "oneOf": options, "allOf": [{}, {}]}
+    if apart:
+        grammar_of(JsonStructure(schema))
+        return
+    with pytest.raises(UnsupportedError, match=r"\$\.oneOf: "):
+        grammar_of(JsonStructure(schema))
 
 
 UNSUPPORTED = {

@@ -24,8 +24,9 @@ from ayllu.engine.grammar_ebnf import ebnf_to_lark
 from ayllu.engine.grammar_errors import compile_error
 from ayllu.engine.grammar_lark import check_lark
 from ayllu.engine.grammar_reader import read_schema
+from ayllu.engine.grammar_text import LarkWriter, embedded_grammar, literal
 from ayllu.engine.grammar_vocabulary import COMPILING_STACK_BYTES, LIMITS, GrammarVocabulary
-from ayllu.engine.grammar_writer import LarkWriter, embedded_grammar, literal
+from ayllu.engine.grammar_writer import SchemaWriter
 from ayllu.engine.json_schema import ends_in_escape, unsupported_in_pattern
 from ayllu.engine.prepared import GrammarSpec
 from ayllu.engine.requests import (
@@ -64,7 +65,7 @@ def grammar_of(structure: Structure) -> GrammarSpec:
         case JsonStructure(schema=schema):
             tree = read_schema(schema)
             writer = LarkWriter()
-            return GrammarSpec(writer.source(writer.schema(tree).value(tree.root)))
+            return GrammarSpec(writer.source(SchemaWriter(writer, tree).value(tree.root)))
         case ChoiceStructure(choices=choices):
             return GrammarSpec(_choice(choices))
         case RegexStructure(pattern=pattern):

@@ -18,7 +18,7 @@ from ayllu.engine.grammar_keywords import (
     unsupported,
     within_reach,
 )
-from ayllu.engine.grammar_nodes import Combined, Node
+from ayllu.engine.grammar_nodes import Combined
 from ayllu.engine.json_schema import Target, member
 
 _STEP = 1e-9
@@ -31,7 +31,7 @@ class SchemaSource(Protocol):
     def define(self, reference: object, path: str) -> Target: ...
     def check(self, schema: Any, path: str) -> None: ...
     def count_combined(self) -> None: ...
-    def node(self, schema: Any, path: str) -> Node: ...
+    def require_apart(self, schemas: Any, path: str) -> None: ...
 
 
 def combined(schema: Mapping[str, Any], path: str, source: SchemaSource) -> Combined:
@@ -82,8 +82,7 @@ class _Writer:
                     self.unwritten.append((name, target))
                 return {word: f"#/$defs/{name}"}
             case "oneOf":
-                # Read once for its own sake: only there is it checked that no answer meets two of them.
-                self._source.node({word: value}, path)
+                self._source.require_apart(value, path)
                 if "anyOf" in schema:
                     raise unsupported(path, word, "it stands beside anyOf.", "Use allOf of the two.")
                 return {"anyOf": self._list(value, place)}

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ayllu.engine.grammar_writer import literal
+from ayllu.engine.grammar_text import literal
 from ayllu.errors import GrammarError, UnsupportedError, clip, did_you_mean
 
 MAX_EBNF_CHARACTERS = 1 << 17

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ayllu.engine.grammar_writer import place_in_source
+from ayllu.engine.grammar_text import place_in_source
 from ayllu.errors import AylluError, GrammarError, UnsupportedError, clip
 
 _PLACE = re.compile(r"^(?:.*? )?at (\d{1,9})\((\d{1,9})\): (.*)$|^(\d{1,9})\((\d{1,9})\): (.*)$")

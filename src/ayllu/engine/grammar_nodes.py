@@ -1,12 +1,13 @@
 """What a JSON schema allows, as a small tree: between reading a schema and writing a grammar for it.
 
-Every node knows the path in the schema it came from, for error messages. `excludes` decides whether an answer
+Every node knows the path in the schema it came from, for error messages. implied: the schema names no type,
+so it allows all values of other types as well, though none is written. `Comparison` decides whether an answer
 written for one node can also be one of another, which `oneOf` needs to know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ class Nothing:
     """No value at all."""
 
     path: str
+    implied: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Text:
 
     path: str
     constraints: Mapping[str, Any] = field(default_factory=dict)
+    implied: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Number:
     path: str
     integer: bool
     constraints: Mapping[str, float] = field(default_factory=dict)
+    implied: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Array:
     rest: Node
     least: int
     most: int | None
+    implied: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Object:
     most_extra: int | None = None
     not_empty: bool = False
     sealed: bool = False
+    implied: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,47 +140,58 @@ Node = (
 
 @dataclass(frozen=True)
 class SchemaTree:
-    """A whole schema. `definitions` is what its references name, `endless` those no finite value meets."""
+    """A whole schema. `definitions` is what its references name, `recursive` those that lead back to
+    themselves, `heights` how many of these the smallest value of each lies within (absent: no finite value).
+    levels: how many of them a value may lie within; None where that is not limited."""
 
     root: Node
     definitions: Mapping[str, Node]
-    endless: frozenset[str] = frozenset()
+    recursive: frozenset[str] = frozenset()
+    heights: Mapping[str, int] = field(default_factory=dict)
+    levels: int | None = None
 
-    def ends(self, node: Node) -> bool:
-        """Whether some finite value meets the node."""
-        return can_end(node, lambda name: name not in self.endless)
+    def ends(self, node: Node, levels: int | None) -> bool:
+        """Whether some finite value meets the node, within so many recursive definitions."""
+        needed = height(node, self.heights)
+        return needed is not None and (levels is None or needed <= levels)
 
 
-def can_end(node: Node, ends: Callable[[str], bool]) -> bool:
-    """Whether a finite value meets `node`, given which definitions have one (`ends(name)`)."""
+def height(node: Node, heights: Mapping[str, int]) -> int | None:
+    """How many recursive definitions the smallest value of `node` lies within, given those of definitions;
+    None where no finite value is known."""
+
+    def highest(nodes: Iterable[Node]) -> int | None:
+        found = [height(inner, heights) for inner in nodes]
+        return None if None in found else max((each for each in found if each is not None), default=0)
+
+    def lowest(nodes: Iterable[Node]) -> int | None:
+        return min((h for inner in nodes if (h := height(inner, heights)) is not None), default=None)
+
     match node:
         case Nothing():
-            return False
+            return None
         case Reference():
-            return ends(node.name)
+            return heights.get(node.name)
         case Union():
-            return any(can_end(option, ends) for option in node.options)
+            return lowest(node.options)
         case Array():
             needed = node.prefix[: node.least]
-            rest = node.least > len(node.prefix)
-            return all(can_end(item, ends) for item in needed) and (not rest or can_end(node.rest, ends))
+            return highest([*needed, node.rest] if node.least > len(node.prefix) else needed)
+        case Object() if node.not_empty and not node.required:
+            return lowest([*node.properties.values(), node.extra])
         case Object():
-            if not all(can_end(node.properties[name], ends) for name in node.required):
-                return False
-            if not node.not_empty or node.required:
-                return True
-            return any(can_end(item, ends) for item in node.properties.values()) or can_end(node.extra, ends)
+            return highest(node.properties[name] for name in node.required)
         case _:
-            return True
+            return 0
 
 
-def references(node: Node) -> Iterator[str]:
-    """Names of the definitions a node refers to, wherever inside."""
+def parts(node: Node) -> Iterator[Node]:
+    """A node and all within it, references not followed."""
     waiting = [node]
     while waiting:
-        match waiting.pop():
-            case Reference(name=name):
-                yield name
+        part = waiting.pop()
+        yield part
+        match part:
             case Union(options=options):
                 waiting += options
             case Array(prefix=prefix, rest=rest):
@@ -226,10 +243,14 @@ def same_json(left: object, right: object) -> bool:
 
 
 class Comparison:
-    """Compares nodes of one tree, within a budget of work. Unsure counts as no."""
+    """Compares nodes of one tree, within a budget of work. Unsure counts as no.
 
-    def __init__(self, definitions: Mapping[str, Node]) -> None:
+    whole: what is written for a node is all that its schema allows, as the grammar library writes it.
+    """
+
+    def __init__(self, definitions: Mapping[str, Node], *, whole: bool = False) -> None:
         self._definitions = definitions
+        self._whole = whole
         self._left = MAX_COMPARISONS
 
     @property
@@ -243,7 +264,9 @@ class Comparison:
         if depth > _MAX_COMPARED_DEPTH or self._left <= 0:
             return False
         match written, other:
-            case (Nothing(), _) | (_, Nothing()):
+            case (_, Nothing(implied=False)) | (Nothing(implied=False), _):
+                return True
+            case Nothing(), _ if not self._whole:
                 return True
             case Reference(), _:
                 return self.excludes(self._definitions[written.name], other, depth + 1)
@@ -258,6 +281,11 @@ class Comparison:
                 return self._left > 0 and not any(
                     same_json(one, two) for one in written.values for two in other.values
                 )
+            case (Object(implied=True), Object(implied=True)) | (
+                Number(implied=True),
+                Number(implied=True),
+            ) if self._whole:
+                return False  # both may be of a type that neither says anything about
             case Object(), Object():
                 return self._objects(written, other, depth)
             case Number(), Number():
@@ -266,11 +294,12 @@ class Comparison:
                     limits_of(other.constraints),
                 )
                 return highest < least or most < lowest
-        return not _types(written) & _types(other)
+        return not _types(written, allowed=self._whole) & _types(other, allowed=True)
 
     def _objects(self, written: Object, other: Object, depth: int) -> bool:
         for name in other.required:
-            if name not in written.properties and isinstance(written.extra, Nothing):
+            closed = written.sealed or (isinstance(written.extra, Nothing) and not self._whole)
+            if name not in written.properties and closed:
                 return True
         for name in written.required | other.required:
             mine, theirs = written.properties.get(name), other.properties.get(name)
@@ -284,8 +313,13 @@ class Comparison:
 _ALL = frozenset({"null", "boolean", "string", "integer", "number", "array", "object"})
 
 
-def _types(node: Node) -> frozenset[str]:
+def _types(node: Node, *, allowed: bool) -> frozenset[str]:
+    """Types of what is written for a node, or of what its schema allows."""
     match node:
+        case Nothing(implied=True) | Text(implied=True) if allowed:
+            return _ALL
+        case Number(implied=True) | Array(implied=True) | Object(implied=True) if allowed:
+            return _ALL
         case Null():
             return frozenset({"null"})
         case Boolean():

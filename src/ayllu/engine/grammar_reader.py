@@ -39,11 +39,10 @@ from ayllu.engine.grammar_nodes import (
     SchemaTree,
     Text,
     Union,
-    can_end,
     json_type,
-    references,
     same_json,
 )
+from ayllu.engine.grammar_recursion import measured_tree
 from ayllu.engine.json_schema import Schema, Target, measure, member, resolve
 from ayllu.errors import GrammarError
 
@@ -62,29 +61,13 @@ def read_schema(schema: Schema, path: str = "$") -> SchemaTree:
     reader.read_definitions()
     reader.check_cycles()
     reader.check_one_of()
-    tree = SchemaTree(root, reader.definitions, _endless(reader.definitions))
-    if not tree.ends(root):
+    tree = measured_tree(root, reader.definitions)
+    if not tree.ends(root, tree.levels):
         raise GrammarError(
             f"{path}: no finite value meets this schema.",
             "Remove the contradiction, or the endless recursion.",
         )
     return tree
-
-
-def _endless(definitions: Mapping[str, Node]) -> frozenset[str]:
-    """The definitions that no finite value meets: all that are not found to have one, from the leaves up."""
-    users: dict[str, set[str]] = {}
-    for name, node in definitions.items():
-        for used in references(node):
-            users.setdefault(used, set()).add(name)
-    ending: set[str] = set()
-    waiting = list(definitions)
-    while waiting:
-        name = waiting.pop()
-        if name not in ending and can_end(definitions[name], ending.__contains__):
-            ending.add(name)
-            waiting += users.get(name, ())
-    return frozenset(definitions.keys() - ending)
 
 
 class _Reader:
@@ -96,7 +79,7 @@ class _Reader:
         self._targets: dict[str, Target] = {}
         self._unread: list[str] = []
         self._combined_parts = 0
-        self._one_of: list[tuple[str, tuple[Node, ...]]] = []
+        self._one_of: list[tuple[str, tuple[Node, ...], bool]] = []
         self.definitions: dict[str, Node] = {}
 
     def node(self, schema: Any, path: str) -> Node:
@@ -117,6 +100,8 @@ class _Reader:
         if "patternProperties" in words:
             return combined(schema, path, self)
         nodes = tuple(self._typed(kind, schema, path) for kind in types_of(schema))
+        if "type" not in schema:
+            nodes = tuple(map(_implied, nodes))
         if not nodes:
             return Anything(path)
         return nodes[0] if len(nodes) == 1 else Union(path, nodes)
@@ -171,8 +156,9 @@ class _Reader:
 
     def check_one_of(self) -> None:
         """Raises UnsupportedError for a `oneOf` of which one answer could meet two schemas."""
-        comparison = Comparison(self.definitions)
-        for path, options in self._one_of:
+        narrow, whole = Comparison(self.definitions), Comparison(self.definitions, whole=True)
+        for path, options, written_whole in self._one_of:
+            comparison = whole if written_whole else narrow
             for one in options:
                 for other in options:
                     if one is other or comparison.excludes(one, other):
@@ -187,6 +173,13 @@ class _Reader:
                         "Use anyOf, or give each a required property with a const of its own.",
                     )
 
+    def require_apart(self, schemas: Any, path: str) -> None:
+        """Have it checked that no value is valid for two of the schemas of a `oneOf` in a combined schema."""
+        self._one_of.append((path, self._options(schemas, member(path, "oneOf")), True))
+
+    def _options(self, schemas: Any, place: str) -> tuple[Node, ...]:
+        return tuple(self.node(schema, member(place, index)) for index, schema in enumerate(schemas))
+
     def _in_place(self, word: str, schema: Mapping[str, Any], path: str) -> Node:
         """A schema that says nothing but `$ref`, `allOf`, `anyOf` or `oneOf`."""
         place = member(path, word)
@@ -199,9 +192,9 @@ class _Reader:
             return Reference(path, name)
         if word == "allOf" and len(schema[word]) > 1:
             return combined(schema, path, self)
-        options = tuple(self.node(option, member(place, index)) for index, option in enumerate(schema[word]))
+        options = self._options(schema[word], place)
         if word == "oneOf":
-            self._one_of.append((path, options))
+            self._one_of.append((path, options, False))
         return options[0] if len(options) == 1 else Union(path, options)
 
     def _typed(self, kind: str, schema: Mapping[str, Any], path: str) -> Node:
@@ -271,6 +264,13 @@ class _Reader:
         if not words and not isinstance(key, Text):
             raise unsupported(path, "propertyNames", "this is no schema of a string.", "Use pattern or enum.")
         return key
+
+
+def _implied(node: Node) -> Node:
+    """The node of a schema that names no type, only words of one."""
+    if isinstance(node, Nothing | Text | Number | Array | Object):
+        return dataclasses.replace(node, implied=True)
+    return node
 
 
 def _literals(schema: Mapping[str, Any], path: str) -> Node:

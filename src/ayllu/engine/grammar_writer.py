@@ -1,14 +1,13 @@
-"""From the tree of a schema to a grammar in the library's Lark dialect, for JSON or for Python's literals.
+"""From the tree of a schema to the rules of a grammar, for JSON or for Python's literals.
 
-Everything a small model could write without end has a bound: one space at most behind a comma or a colon, no
-other white space, numbers of at most 41 characters that stay finite, names that the schema leaves open of at
-most 64. What has a bound in the schema keeps it. Strings and lists without a limit are the schema's to limit.
+What a grammar can keep short it keeps short (`grammar_text`, `grammar_recursion`); what the schema limits
+keeps its limit. Strings and lists without one are the schema's to limit.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from ayllu.engine.grammar_keywords import limits_of, within_reach
@@ -28,7 +27,7 @@ from ayllu.engine.grammar_nodes import (
     Text,
     Union,
 )
-from ayllu.errors import GrammarError, clip, one_line
+from ayllu.engine.grammar_text import LarkWriter, embedded_json, literal, repeated
 
 Style = Literal["json", "python"]
 
@@ -39,145 +38,25 @@ _NO_CONTROL_CHARACTERS = {"json_allowed_escapes": 'nrbtf\\"'}
 """Strings that only have a length need no \\u escapes, by which the library writes control characters. Where
 a pattern or a constant asks for one it must have them: it would silently leave the character out."""
 
-MAX_SOURCE_CHARACTERS = 4 << 20
-
 _STEP = 1e-9
 _SMALLEST_RANGE = 1e-6
 _LISTED_TOGETHER = 8
-_PLACE = "// at "
-
-_WHOLE = "(0|[1-9][0-9]{0,18})"
-_FRACTION = r"(\.[0-9]{1,16})?([eE][+-]?[0-9]{1,2})?"
-_TERMINALS = {
-    "COMMA": "/, ?/",
-    "COLON": "/: ?/",
-    "STRING": r'/"([^"\\\x00-\x1f\x7f]|\\["\\bfnrt])*"/',
-    "NAME": r'/"([^"\\\x00-\x1f\x7f]|\\["\\bfnrt]){0,64}"/',
-    "QUOTED": r"/'([^'\\\x00-\x1f\x7f]|\\['\\nrt])*'/",
-    "INTEGER": f"/-?{_WHOLE}/",
-    "NUMBER": f"/-?{_WHOLE}{_FRACTION}/",
-    "COUNT": f"/{_WHOLE}/",
-    "AMOUNT": f"/{_WHOLE}{_FRACTION}/",
-    "POSITIVE": r"AMOUNT & ~/0(\.0*)?([eE][+-]?[0-9]*)?/",
-}
-_NEEDS = {"POSITIVE": "AMOUNT"}
-
-
-def literal(text: str) -> str:
-    """A Lark string of exactly `text`. `<` is escaped, so that it never looks like a special token's name."""
-    quoted = json.dumps(text)
-    return quoted.replace("<", "\\u003c").replace("\x7f", "\\u007f")
-
-
-def repeated(expression: str, least: int, most: int | None) -> str:
-    """`least` to `most` (None: any number) of `expression` in a row."""
-    if most == 0:
-        return ""  # the library knows no count of 0
-    return f"({expression}){{{least},{'' if most is None else most}}}"
-
-
-def embedded_json(value: Mapping[str, Any]) -> str:
-    """A schema behind `%json`, in one line and pure ASCII."""
-    return json.dumps(value).replace("<", "\\u003c").replace("\x7f", "\\u007f")
-
-
-def embedded_grammar(lark: str) -> str:
-    """A user's grammar in the library's list form, which tells it from the grammars written here."""
-    return json.dumps({"grammars": [{"lark_grammar": lark}]})
-
-
-class LarkWriter:
-    """Collects the rules of one grammar. What it returns are expressions, to be put together freely."""
-
-    def __init__(self) -> None:
-        self._rules: list[str] = []
-        self._used: set[str] = set()
-        self._known: dict[tuple[str, str], str] = {}
-        self._promised: list[tuple[str, Callable[[], str], str]] = []
-        self._count = 0
-
-    def rule(self, body: str, path: str = "", *, lazy: bool = False) -> str:
-        """The name of a rule with this body. `path` is where in the schema an error about it lies. A lazy
-        rule is one of terminals, and ends where it first can."""
-        return self._once("n", body, path, "[lazy]" if lazy else "")
-
-    def terminal(self, body: str) -> str:
-        """The name of a terminal: one regular expression, matched as far as it goes."""
-        return self._once("T", body, "")
-
-    def shared(self, name: str) -> str:
-        """A terminal that every grammar may use, by name (`COMMA`, `STRING`, ...)."""
-        self._used.add(name)
-        return name
-
-    def source(self, start: str) -> str:
-        """The grammar whose answers are `start`. Raises GrammarError if it is too long to be compiled."""
-        while self._promised:
-            name, body, path = self._promised.pop()
-            self._add(name, body(), path)
-        used = sorted(self._used | {_NEEDS[name] for name in self._used if name in _NEEDS})
-        terminals = [f"{name}: {_TERMINALS[name]}" for name in used]
-        source = "\n".join(["%llguidance {}", f"start: {start}", *self._rules, *terminals, ""])
-        if len(source) > MAX_SOURCE_CHARACTERS:
-            raise GrammarError(
-                f"The grammar is too complex: it takes {len(source)} characters of {MAX_SOURCE_CHARACTERS}.",
-                "Use fewer properties and alternatives.",
-            )
-        return source
-
-    def schema(self, tree: SchemaTree, style: Style = "json") -> SchemaWriter:
-        """A writer of the parts of `tree` into this grammar."""
-        return SchemaWriter(self, tree, style)
-
-    def promise_once(self, key: str, body: Callable[[], str]) -> str:
-        """As `promise`, once for all that ask for it with this key."""
-        known = ("promise", key)
-        if known not in self._known:
-            self._known[known] = self.promise(body, "")
-        return self._known[known]
-
-    def promise(self, body: Callable[[], str], path: str) -> str:
-        """The name of a rule whose body is asked for last: rules may refer to themselves, at any depth."""
-        name = f"n{self._next()}"
-        self._promised.append((name, body, path))
-        return name
-
-    def _next(self) -> int:
-        self._count += 1
-        return self._count
-
-    def _once(self, kind: str, body: str, path: str, options: str = "") -> str:
-        known = (kind + options, body)
-        if known not in self._known:
-            self._known[known] = name = f"{kind}{self._next()}"
-            self._add(name + options, body, path)
-        return self._known[known]
-
-    def _add(self, name: str, body: str, path: str) -> None:
-        if path:
-            self._rules.append(f"{_PLACE}{one_line(clip(path, 300))}")
-        self._rules.append(f"{name}: {body}")
-
-
-def place_in_source(source: str, line: int) -> str:
-    """The path in the schema that line `line` (from 1) of a written grammar came from, '' if none is told."""
-    for text in reversed(source.split("\n")[:line]):
-        if text.startswith(_PLACE):
-            return text.removeprefix(_PLACE)
-    return ""
+_ANY_LEVELS = 16
 
 
 class SchemaWriter:
     """Writes nodes of one tree. Every method returns an expression that stands for exactly one value."""
 
-    def __init__(self, writer: LarkWriter, tree: SchemaTree, style: Style) -> None:
+    def __init__(self, writer: LarkWriter, tree: SchemaTree, style: Style = "json") -> None:
         self._writer = writer
         self._tree = tree
         self._style = style
-        self._definitions: dict[str, str] = {}
+        self._levels = tree.levels
+        self._anything = ""
+        self._definitions: dict[tuple[str, int | None], str] = {}
 
     def value(self, node: Node) -> str:
-        """One value that meets `node`, which some finite value does."""
+        """One value that meets `node`, which some finite value does within the levels that are left."""
         writer = self._writer
         match node:
             case Anything():
@@ -197,7 +76,7 @@ class SchemaWriter:
             case Object():
                 return self._object(node)
             case Union():
-                options = [self.value(option) for option in node.options if self._tree.ends(option)]
+                options = [self.value(option) for option in node.options if self._ends(option)]
                 return writer.rule(" | ".join(dict.fromkeys(options)), node.path)
             case Reference():
                 return self._reference(node.name)
@@ -211,10 +90,10 @@ class SchemaWriter:
 
         `key_of` gives what is written before each value, `extra_key` before those of undeclared names.
         """
-        written = [(name, item) for name, item in node.properties.items() if self._tree.ends(item)]
+        written = [(name, item) for name, item in node.properties.items() if self._ends(item)]
         pairs = [(f"{key_of[name]} {self.value(item)}", name in node.required) for name, item in written]
         extra = ""
-        if extra_key is not None and self._tree.ends(node.extra):
+        if extra_key is not None and self._ends(node.extra):
             extra = f"{extra_key} {self.value(node.extra)}"
         members = _Members(self._writer, pairs, extra, node.most_extra, node.path)
         return members.from_pair(0), not any(required for _, required in pairs)
@@ -251,7 +130,7 @@ class SchemaWriter:
         parts = [self.value(item) for item in node.prefix]
         least = node.least - len(node.prefix)
         most = None if node.most is None else node.most - len(node.prefix)
-        rest_written = most != 0 and self._tree.ends(node.rest)
+        rest_written = most != 0 and self._ends(node.rest)
         if rest_written and not parts:
             item = self.value(node.rest)
             more = repeated(f"{comma} {item}", max(least - 1, 0), None if most is None else most - 1)
@@ -290,21 +169,40 @@ class SchemaWriter:
         return self._library({"type": kind, **bounds}, node.path)
 
     def _reference(self, name: str) -> str:
-        if name not in self._definitions:
-            node = self._tree.definitions[name]
-            self._definitions[name] = self._writer.promise(lambda: self.value(node), node.path)
-        return self._definitions[name]
+        """A definition; a recursive one leaves a level less for what it refers to."""
+        key = (name, self._levels)
+        if key not in self._definitions:
+            node, inside = self._tree.definitions[name], self._levels
+            if inside is not None and name in self._tree.recursive:
+                inside -= 1
+            self._definitions[key] = self._writer.promise(lambda: self._within(inside, node), node.path)
+        return self._definitions[key]
+
+    def _within(self, levels: int | None, node: Node) -> str:
+        before, self._levels = self._levels, levels
+        try:
+            return self.value(node)
+        finally:
+            self._levels = before
+
+    def _ends(self, node: Node) -> bool:
+        return self._tree.ends(node, self._levels)
 
     def _any(self) -> str:
-        return self._writer.promise_once(self._style, self._any_body)
-
-    def _any_body(self) -> str:
-        name, comma = self._any(), self._writer.shared("COMMA")
+        """Any value, nested so deep: the rules are written from the innermost out."""
+        if self._anything:
+            return self._anything
+        comma, colon = self._writer.shared("COMMA"), self._writer.shared("COLON")
         words = [literal(self._word(word)) for word in (None, True, False)]
-        pair = f"{self._writer.shared('NAME')} {self._writer.shared('COLON')} {name}"
-        items = f'"[" ({name} ({comma} {name})*)? "]"'
-        pairs = f'"{{" ({pair} ({comma} {pair})*)? "}}"'
-        return " | ".join([*words, self._writer.shared("NUMBER"), self._text(Text("")), items, pairs])
+        plain = [*words, self._writer.shared("NUMBER"), self._text(Text(""))]
+        value = self._writer.rule(" | ".join(plain))
+        for _ in range(_ANY_LEVELS):
+            pair = f"{self._writer.shared('NAME')} {colon} {value}"
+            items = f'"[" ({value} ({comma} {value})*)? "]"'
+            pairs = f'"{{" ({pair} ({comma} {pair})*)? "}}"'
+            value = self._writer.rule(" | ".join([*plain, items, pairs]))
+        self._anything = value
+        return value
 
     def _library(self, schema: Mapping[str, Any], path: str, options: Mapping[str, Any] | None = None) -> str:
         text = embedded_json({**schema, "x-guidance": {**LIBRARY_OPTIONS, **(options or {})}})

@@ -16,7 +16,8 @@ from ayllu.chat.formats import CallLayout, ChatFormat
 from ayllu.chat.tokenizer import Tokenizer
 from ayllu.engine.grammar_nodes import Nothing, Object, SchemaTree
 from ayllu.engine.grammar_reader import read_schema
-from ayllu.engine.grammar_writer import LarkWriter, literal, repeated
+from ayllu.engine.grammar_text import LarkWriter, literal, repeated
+from ayllu.engine.grammar_writer import SchemaWriter
 from ayllu.engine.prepared import GrammarSpec
 from ayllu.engine.requests import ToolUse
 from ayllu.engine.tool_parameters import normalised_parameters
@@ -171,7 +172,7 @@ class _Calls:
         """The rest of `{"name": "`, behind the quotation mark."""
         name = literal(json.dumps(tool.name, ensure_ascii=False)[1:])
         key = literal(json.dumps(self._layout.arguments_key))
-        arguments = self._writer.schema(tool.tree).value(tool.tree.root)
+        arguments = SchemaWriter(self._writer, tool.tree).value(tool.tree.root)
         comma, colon = self._writer.shared("COMMA"), self._writer.shared("COLON")
         return f'{name} {comma} {key} {colon} {arguments} "}}"'
 
@@ -180,7 +181,7 @@ class _Calls:
         root = tool.python_arguments
         assert root is not None
         keys = {name: literal(f"{name}=") for name in root.properties}
-        members, may_be_empty = self._writer.schema(tool.tree, "python").members(root, keys, None)
+        members, may_be_empty = SchemaWriter(self._writer, tool.tree, "python").members(root, keys, None)
         if members and may_be_empty and not root.not_empty:
             members = f"({members})?"
         return self._writer.rule(f'{members} ")"')
