@@ -89,7 +89,7 @@ FROM_ENGINE: list[FromEngine] = [
     TaskStarted(0, "Loading", None, "bytes"),
     TaskAdvanced(0, 1 << 40),
     TaskEnded(0),
-    Ready(CoreFacts(context=8, slots=2, reads_images=True, vocab_size=9, capacity={"a": [None, 1.5, "x"]})),
+    Ready(CoreFacts(context=8, slots=2, reads_images=True, vocab_size=9)),
     Refused(ErrorReport("UsageError", "No.", "Yes.")),
     Events(tuple(CoreEvent.of("a", event) for event in SAID)),
     Events(),

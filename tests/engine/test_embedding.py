@@ -23,7 +23,6 @@ from ayllu.engine.embedding import (
     length_batches,
     open_embedding_model,
     open_embedding_tokenizer,
-    pool_hidden,
     unit_length,
 )
 from ayllu.errors import ContextOverflowError, ModelFileError, UsageError
@@ -218,21 +217,7 @@ def test_a_tokenizer_that_does_not_say_what_stands_around_a_text_is_refused(
         open_embedding_tokenizer(tmp_path)
 
 
-@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 1000))
-def test_pooling_of_a_decoder_is_the_mean_or_the_last_state(tokens: int, width: int, seed: int) -> None:
-    hidden = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
-    expected = [sum(float(hidden[t, d]) for t in range(tokens)) / tokens for d in range(width)]
-    torch.testing.assert_close(pool_hidden(hidden), torch.tensor(expected))
-    assert torch.equal(pool_hidden(hidden, "last"), hidden[-1])
-    assert pool_hidden(hidden.bfloat16(), "mean").dtype == torch.float32
-    torch.testing.assert_close(unit_length(pool_hidden(hidden)).norm(), torch.tensor(1.0))
-
-
-def test_pooling_of_nothing_or_in_another_way_is_refused() -> None:
-    with pytest.raises(UsageError, match="no tokens"):
-        pool_hidden(torch.empty(0, 4))
-    with pytest.raises(UsageError, match="'mean' or 'last'"):
-        pool_hidden(torch.ones(2, 4), "max")  # type: ignore[arg-type]
+def test_a_vector_of_no_length_stays_as_it_is() -> None:
     assert torch.equal(unit_length(torch.zeros(3)), torch.zeros(3))
 
 

@@ -40,7 +40,6 @@ class ToyCore:
             slots=options.slots or 8,
             reads_images=bool(settings.get("reads_images")),
             vocab_size=settings["vocab_size"],
-            capacity={"sequences": 8, "nothing": None},
             facts={"device": "toy", "precision": "none", "weight_bytes": 1000, "load_peak_bytes": 1100},
         )
         self._open: dict[str, PreparedRequest] = {}

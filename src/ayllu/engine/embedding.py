@@ -1,4 +1,4 @@
-"""Texts to vectors: an encoder with its tokenizer, opened from one folder; and the pooling of decoders.
+"""Texts to vectors: an encoder with its tokenizer, opened from one folder.
 
 The same vectors as sentence-transformers, with one difference: a text that is too long is an error, unless
 cutting it was asked for. Only `EmbeddingModel` needs torch; texts are counted and tokenized without it.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ayllu.chat.tokenizer import Tokenizer, load_tokenizer
-from ayllu.errors import ContextOverflowError, ModelFileError, UsageError, clip
+from ayllu.errors import ContextOverflowError, ModelFileError, UsageError
 from ayllu.progress import SILENT, Progress
 from ayllu.weights.encoder import EncoderCheckpoint, open_encoder
 from ayllu.weights.encoder_settings import EncoderSettings, read_encoder_settings
@@ -226,18 +226,6 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[i
         batch.append(index)
     if batch:
         yield batch
-
-
-def pool_hidden(hidden: Tensor, how: Literal["mean", "last"] = "mean") -> Tensor:
-    """One vector, float32 [D], of a decoder's hidden states [T, D]: their mean, or the last one, which alone
-    has seen the whole text. Raises UsageError for no states or another way."""
-    if hidden.shape[0] == 0:
-        raise UsageError("An input has no tokens.", "Give at least one token.")
-    if how == "mean":
-        return hidden.float().mean(0)
-    if how == "last":
-        return hidden[-1].float()
-    raise UsageError(f"There is no pooling {clip(repr(how))}.", "Use 'mean' or 'last'.")
 
 
 def unit_length(vectors: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +70,6 @@ class CoreFacts:
     slots: int
     reads_images: bool
     vocab_size: int
-    capacity: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, str | int | float] = field(default_factory=dict)
 
 
