@@ -1,8 +1,10 @@
 """Tool-call accuracy on simple BFCL cases, decoding constrained: ayllu beside llama.cpp, same file and cases.
 
 Both must call the one function on offer; a case counts when name and arguments are among the accepted ones,
-by BFCL's own rules for values. The cases come out of the `bfcl-eval` wheel, whose hash is checked; nothing
-of it is installed or run. Run: python benchmarks/tool_calls.py
+by BFCL's own rules for values. llama.cpp leaves `tool_choice: required` unenforced under Qwen's template (it
+writes fenced JSON and never stops), so it gets the same prompt, token by token, and the call's JSON schema.
+The cases come out of the `bfcl-eval` wheel, whose hash is checked; nothing of it is installed or run.
+Run: python benchmarks/tool_calls.py
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from machine import heading, write_result
+from machine import RESULTS, heading, write_result
 
 WHEEL = "bfcl-eval==2026.3.23"
 WHEEL_SHA256 = "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a"
@@ -37,6 +40,7 @@ params.model.path = sys.argv[1]
 params.port = 0
 params.n_parallel = 4
 params.n_ctx = 4 * 4096
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
 params.use_jinja = True
 params.warmup = False
 server = xllamacpp.Server(params)
@@ -88,6 +92,47 @@ def request_of(case: dict[str, Any]) -> Any:
     )
 
 
+def tool_call_of(reply: Any) -> Any:
+    """The call an answer made, None without one."""
+    "".join(reply)
+    return reply.tool_calls[0] if reply.tool_calls else None
+
+
+def schema_request_of(case: dict[str, Any], chat_format: Any) -> Any:
+    """The same prompt as tokens, the answer held to the JSON of a call: what llama.cpp does constrain."""
+    from ayllu.engine.requests import JsonStructure, TokenPrompt
+
+    request = request_of(case)
+    tools = request.tool_use.tools
+    prompt = chat_format.render(request.prompt.messages, tools)
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool.name}, "arguments": tool.parameters},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    return replace(
+        request,
+        prompt=TokenPrompt(tuple(prompt.token_ids)),
+        tool_use=None,
+        structure=JsonStructure(calls[0] if len(calls) == 1 else {"anyOf": calls}),
+    )
+
+
+def json_call_of(reply: Any) -> Any:
+    """The call in an answer that is its JSON; None for one that was cut."""
+    from ayllu.chat.messages import ToolCall
+
+    try:
+        value = json.loads("".join(reply))
+    except ValueError:
+        return None
+    return ToolCall(value["name"], value["arguments"])
+
+
 def is_right(call: Any, truth: list[dict[str, Any]]) -> bool:
     """Whether a call is accepted: every argument among its values, where "" allows leaving it out."""
     if call is None:
@@ -126,7 +171,13 @@ def plain(text: str) -> str:
     return re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')
 
 
-def answer_all(engine: Any, cases: list[dict[str, Any]], together: int) -> dict[str, Any]:
+def answer_all(
+    engine: Any,
+    cases: list[dict[str, Any]],
+    together: int,
+    request: Callable[[dict[str, Any]], Any] = request_of,
+    call_of: Callable[[Any], Any] = tool_call_of,
+) -> dict[str, Any]:
     """Ask `engine` all cases, some at a time: which are right, which failed and how long it took."""
     from ayllu.engine.reply import Reply
     from ayllu.errors import AylluError
@@ -143,9 +194,7 @@ def answer_all(engine: Any, cases: list[dict[str, Any]], together: int) -> dict[
                 return
             call, error = None, ""
             try:
-                reply = Reply(engine.submit(request_of(case)))
-                "".join(reply)
-                call = reply.tool_calls[0] if reply.tool_calls else None
+                call = call_of(Reply(engine.submit(request(case))))
             except AylluError as failure:
                 error = str(failure)
             results[case["id"]] = {
@@ -197,6 +246,7 @@ def llama_cpp(model: Path) -> Iterator[Any]:
 
 
 def main() -> None:
+    from ayllu.engine.model_files import open_model_files
     from ayllu.engine.native import open_engine
     from ayllu.engine.options import EngineOptions
     from ayllu.settings import load_settings
@@ -205,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="qwen2.5-coder-1.5b-instruct")
     parser.add_argument("--cases", type=int, default=100)
-    parser.add_argument("--no-peer", action="store_true", help="measure ayllu alone")
+    parser.add_argument("--only", choices=("ayllu", "llama.cpp"), help="one of them, into the day's result")
     options = parser.parse_args()
     cases = fetch_cases(options.cases)
     path = open_store(load_settings()).ensure(options.model).path
@@ -215,12 +265,21 @@ def main() -> None:
         "model": options.model,
         "count": len(cases),
     }
-    with open_engine(path, EngineOptions(context=4096)) as engine:
-        report["ayllu"] = answer_all(engine, cases, 8)
-    write_result("tool_calls", report)
-    if not options.no_peer:
+    file = RESULTS / f"tool_calls-{report['date']}.json"
+    if options.only and file.is_file():
+        earlier = json.loads(file.read_text("utf-8"))
+        if (earlier["model"], earlier["count"]) == (report["model"], report["count"]):
+            report |= {name: earlier[name] for name in ("ayllu", "llama.cpp") if name in earlier}
+    if options.only in (None, "ayllu"):
+        with open_engine(path, EngineOptions(context=4096)) as engine:
+            report["ayllu"] = answer_all(engine, cases, 8)
+        write_result("tool_calls", report)
+    if options.only in (None, "llama.cpp"):
+        chat_format = open_model_files(path).chat_format
         with llama_cpp(path) as engine:
-            report["llama.cpp"] = answer_all(engine, cases, 4)
+            report["llama.cpp"] = answer_all(
+                engine, cases, 4, lambda case: schema_request_of(case, chat_format), json_call_of
+            )
     for name in ("ayllu", "llama.cpp"):
         if name in report:
             found = report[name]
