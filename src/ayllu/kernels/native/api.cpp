@@ -1,0 +1,227 @@
+// The plain C interface that ayllu.kernels.native.library binds. No exception passes it: functions that can
+// fail return 0 for success, and a code otherwise.
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "decoder.h"
+#include "pack.h"
+
+using namespace ayllu;
+
+#if defined(_WIN32)
+#define AYLLU_EXPORT extern "C" __declspec(dllexport)
+#else
+#define AYLLU_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace {
+
+enum Failure : int32_t { DONE = 0, NO_MEMORY = 1, NOT_HERE = 2, FAILED = 3 };
+
+template <class Work> int32_t guarded(Work&& work) {
+  try {
+    return work();
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  } catch (...) {
+    return FAILED;
+  }
+}
+
+Matrix matrix_at(int32_t format, int32_t rows, int32_t cols, const void* data) {
+  Matrix w = shape_matrix(format, rows, cols);
+  w.data = static_cast<const uint8_t*>(data);
+  return w;
+}
+
+}  // namespace
+
+struct PackJob {
+  int32_t format, rows, cols, reserved;
+  const uint8_t* source;
+  int64_t stride;  // bytes from row to row
+  uint8_t* packed;
+};
+
+AYLLU_EXPORT int32_t ayllu_interface_version() { return 1; }
+
+// The name of the kernels that `wanted` (null: the best) means on this processor; null if they do not run here.
+AYLLU_EXPORT const char* ayllu_kernels_name(const char* wanted) {
+  const Kernels* kernels = choose_kernels(wanted);
+  return kernels ? kernels->name : nullptr;
+}
+
+AYLLU_EXPORT void* ayllu_allocate(int64_t bytes) { return map_memory(static_cast<size_t>(bytes)); }
+AYLLU_EXPORT void ayllu_free(void* at, int64_t bytes) { unmap_memory(at, static_cast<size_t>(bytes)); }
+
+AYLLU_EXPORT int64_t ayllu_packed_bytes(int32_t format, int32_t rows, int32_t cols) {
+  const Matrix m = shape_matrix(format, rows, cols);
+  return static_cast<int64_t>(m.panel_bytes) * m.panels;
+}
+
+AYLLU_EXPORT int64_t ayllu_source_row_bytes(int32_t format, int32_t cols) {
+  return fits_source(format, cols) ? static_cast<int64_t>(source_row_bytes(format, cols)) : -1;
+}
+
+AYLLU_EXPORT int32_t ayllu_pack(const PackJob* jobs, int32_t count, int32_t threads) {
+  return guarded([&] {
+    Pool pool(threads);
+    pool.run([&](int thread) {
+      constexpr int together = 4;  // panels of a task
+      int tasks = 0;
+      for (int i = 0; i < count; i++) tasks += (shape_matrix(jobs[i].format, jobs[i].rows, jobs[i].cols).panels + together - 1) / together;
+      pool.share(thread, tasks, [&](int task) {
+        for (int i = 0; i < count; i++) {
+          const PackJob& job = jobs[i];
+          const Matrix m = shape_matrix(job.format, job.rows, job.cols);
+          const int own = (m.panels + together - 1) / together;
+          if (task < own) {
+            for (int panel = together * task; panel < std::min(m.panels, together * (task + 1)); panel++)
+              pack_panel(m, job.source, static_cast<size_t>(job.stride), panel, job.packed + static_cast<size_t>(panel) * m.panel_bytes);
+            return;
+          }
+          task -= own;
+        }
+      });
+    });
+    return DONE;
+  });
+}
+
+// Single kernels, for tests: x [count][cols] -> out [count][rows].
+AYLLU_EXPORT int32_t ayllu_linear(const char* isa, int32_t format, int32_t rows, int32_t cols, const void* packed, const float* x, int32_t count, float* out) {
+  return guarded([&]() -> int32_t {
+    const Kernels* kernels = choose_kernels(isa);
+    if (!kernels) return NOT_HERE;
+    const Matrix w = matrix_at(format, rows, cols, packed);
+    const InputKind kind = input_kind(format);
+    const size_t stride = input_stride(kind, cols);
+    std::vector<uint8_t> inputs(stride * static_cast<size_t>(count) + 64), scratch(scratch_bytes(cols, 64));
+    kernels->make_inputs(kind, x, static_cast<size_t>(cols), count, cols, inputs.data(), stride, 0, (cols + BLOCK - 1) / BLOCK);
+    kernels->linear(w, 0, w.panels, {inputs.data(), stride, nullptr}, count, {out, static_cast<size_t>(rows), nullptr, Write::set}, scratch.data());
+    return DONE;
+  });
+}
+
+AYLLU_EXPORT int32_t ayllu_linear_swiglu(const char* isa, int32_t format, int32_t rows, int32_t cols, const void* gate, const void* up, const float* x, int32_t count, float* out) {
+  return guarded([&]() -> int32_t {
+    const Kernels* kernels = choose_kernels(isa);
+    if (!kernels) return NOT_HERE;
+    const Matrix g = matrix_at(format, rows, cols, gate), u = matrix_at(format, rows, cols, up);
+    const InputKind kind = input_kind(format);
+    const size_t stride = input_stride(kind, cols);
+    std::vector<uint8_t> inputs(stride * static_cast<size_t>(count) + 64), scratch(scratch_bytes(cols, 64));
+    kernels->make_inputs(kind, x, static_cast<size_t>(cols), count, cols, inputs.data(), stride, 0, (cols + BLOCK - 1) / BLOCK);
+    kernels->linear_swiglu(g, u, 0, g.panels, {inputs.data(), stride, nullptr}, count, {out, static_cast<size_t>(rows), nullptr, Write::set}, scratch.data());
+    return DONE;
+  });
+}
+
+AYLLU_EXPORT int32_t ayllu_unpack_rows(const char* isa, int32_t format, int32_t rows, int32_t cols, const void* packed, float* out) {
+  return guarded([&]() -> int32_t {
+    const Kernels* kernels = choose_kernels(isa);
+    if (!kernels) return NOT_HERE;
+    const Matrix w = matrix_at(format, rows, cols, packed);
+    for (int row = 0; row < rows; row++) kernels->unpack_row(w, row, out + static_cast<size_t>(row) * static_cast<size_t>(cols));
+    return DONE;
+  });
+}
+
+AYLLU_EXPORT Decoder* ayllu_decoder_new(const DecoderShape* shape, const float* frequencies, const char* isa, int32_t threads) {
+  try {
+    const Kernels* kernels = choose_kernels(isa);
+    return kernels ? new Decoder(*shape, frequencies, kernels, threads) : nullptr;
+  } catch (...) {
+    return nullptr;
+  }
+}
+
+AYLLU_EXPORT void ayllu_decoder_free(Decoder* decoder) { delete decoder; }
+
+AYLLU_EXPORT void ayllu_decoder_set_layer(Decoder* decoder, int32_t index, int32_t rotates, int32_t mixture, int32_t group, int32_t chunk) {
+  LayerWeights& layer = decoder->layers[static_cast<size_t>(index)];
+  layer.rotates = rotates;
+  layer.mixture = mixture;
+  layer.group = group;
+  layer.chunk = chunk;
+}
+
+// slot: 0-3 q k v o, 4-6 gate up down, 7 router, 8-10 the experts' gate up down; layer -1: 0 embedding, 1 head.
+AYLLU_EXPORT void ayllu_decoder_set_matrix(Decoder* decoder, int32_t index, int32_t slot, int32_t format, int32_t rows, int32_t cols, const void* data) {
+  const Matrix w = matrix_at(format, rows, cols, data);
+  if (index < 0) {
+    (slot == 0 ? decoder->embedding : decoder->head) = w;
+    return;
+  }
+  LayerWeights& layer = decoder->layers[static_cast<size_t>(index)];
+  Matrix* slots[] = {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down, &layer.router, &layer.expert_gate, &layer.expert_up, &layer.expert_down};
+  *slots[slot] = w;
+}
+
+// slot: 0 attention norm, 1 feed-forward norm, 2-4 biases of q k v; layer -1: the final norm.
+AYLLU_EXPORT void ayllu_decoder_set_vector(Decoder* decoder, int32_t index, int32_t slot, const float* data) {
+  if (index < 0) {
+    decoder->final_norm = data;
+    return;
+  }
+  LayerWeights& layer = decoder->layers[static_cast<size_t>(index)];
+  if (slot == 0) layer.attention_norm = data;
+  else if (slot == 1) layer.feed_forward_norm = data;
+  else layer.bias[slot - 2] = data;
+}
+
+AYLLU_EXPORT void ayllu_decoder_set_embedding_rows(Decoder* decoder, int32_t format, const void* rows, int64_t stride) {
+  decoder->embedding_rows = static_cast<const uint8_t*>(rows);
+  decoder->embedding_stride = static_cast<size_t>(stride);
+  decoder->embedding_format = format;
+}
+
+AYLLU_EXPORT void ayllu_decoder_advise_experts(Decoder* decoder, int32_t advise) { decoder->advise_experts(advise != 0); }
+
+AYLLU_EXPORT int64_t ayllu_decoder_experts_read(const Decoder* decoder) { return decoder->experts_read; }
+
+AYLLU_EXPORT int32_t ayllu_decoder_make_cache(Decoder* decoder, int32_t groups, const int64_t* blocks, int32_t block_tokens, int32_t int8) {
+  return guarded([&]() -> int32_t {
+    decoder->make_cache(groups, blocks, block_tokens, int8 != 0);
+    return DONE;
+  });
+}
+
+AYLLU_EXPORT int64_t ayllu_decoder_cache_bytes(const Decoder* decoder) { return static_cast<int64_t>(decoder->cache_bytes()); }
+
+// The number of a new adapter; parts [layers * 7] in the order of Projection.
+AYLLU_EXPORT int32_t ayllu_decoder_add_adapter(Decoder* decoder, const LowRank* parts, int32_t count) {
+  try {
+    auto weights = std::make_unique<AdapterWeights>(parts, parts + count);
+    for (size_t i = 0; i < decoder->adapters.size(); i++)
+      if (!decoder->adapters[i]) {
+        decoder->adapters[i] = std::move(weights);
+        return static_cast<int32_t>(i);
+      }
+    decoder->adapters.push_back(std::move(weights));
+    return static_cast<int32_t>(decoder->adapters.size()) - 1;
+  } catch (...) {
+    return -1;
+  }
+}
+
+AYLLU_EXPORT void ayllu_decoder_remove_adapter(Decoder* decoder, int32_t number) { decoder->adapters[static_cast<size_t>(number)].reset(); }
+
+// tables: for each piece, one pointer per layer group.
+AYLLU_EXPORT int32_t ayllu_decoder_forward(Decoder* decoder, int32_t count, const int32_t* rows, const int64_t* starts, const int32_t* adapters,
+                                           const int32_t* const* tables, int32_t groups, const int32_t* tokens, const float* const* given, float* hidden) {
+  return guarded([&]() -> int32_t {
+    std::vector<Piece> pieces(static_cast<size_t>(count));
+    for (int p = 0; p < count; p++) pieces[static_cast<size_t>(p)] = {rows[p], adapters ? adapters[p] : -1, starts[p], tables + static_cast<size_t>(p) * static_cast<size_t>(groups)};
+    decoder->forward(pieces.data(), count, tokens, given, hidden);
+    return DONE;
+  });
+}
+
+AYLLU_EXPORT int32_t ayllu_decoder_logits(Decoder* decoder, const float* const* hidden, int32_t rows, float* out) {
+  return guarded([&]() -> int32_t {
+    decoder->logits(hidden, rows, out);
+    return DONE;
+  });
+}

@@ -1,0 +1,764 @@
+// The kernels, written once and compiled for each instruction set (AYLLU_ISA names the namespace).
+//
+// One rule holds everywhere: what a result is summed from, and in which order, depends on nothing but the row
+// itself. Few rows or many, alone or beside others, a row gives the same bits. So batching, prefix reuse and
+// speculation change no answer.
+#include "kernels.h"
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace AYLLU_ISA {
+
+using namespace ayllu;
+
+// Inputs of one row, as input_stride describes them.
+struct QuantisedRow {
+  const int8_t* q;
+  const float* scale;
+  const float* sum;
+  const int32_t* half_sum;
+};
+
+inline QuantisedRow quantised_row(const uint8_t* row, int blocks) {
+  const uint8_t* after = row + static_cast<size_t>(blocks) * BLOCK;
+  return {reinterpret_cast<const int8_t*>(row), reinterpret_cast<const float*>(after),
+          reinterpret_cast<const float*>(after + 4 * static_cast<size_t>(blocks)),
+          reinterpret_cast<const int32_t*>(after + 8 * static_cast<size_t>(blocks))};
+}
+
+// A block of weights: 8 groups of 4 inputs x 16 rows, as unsigned bytes.
+template <int bits> inline void load_block(const uint8_t* p, Bytes w[8]) {
+  if constexpr (bits == 8) {
+    for (int g = 0; g < 8; g++) w[g] = load_bytes(p + 64 * g);
+    return;
+  }
+  for (int g = 0; g < 4; g++) {
+    const Bytes both = load_bytes(p + 64 * g);
+    w[g] = low_nibbles(both);
+    w[g + 4] = high_nibbles(both);
+  }
+  if constexpr (bits == 5) {
+    for (int g = 0; g < 8; g++) w[g] = either(w[g], bits_times_16(p + 256 + 8 * g));
+  }
+  if constexpr (bits == 6) {
+    for (int c = 0; c < 2; c++) {
+      const Bytes crumbs = load_bytes(p + 256 + 64 * c);
+      w[4 * c] = either(w[4 * c], crumbs_times_16<0>(crumbs));
+      w[4 * c + 1] = either(w[4 * c + 1], crumbs_times_16<1>(crumbs));
+      w[4 * c + 2] = either(w[4 * c + 2], crumbs_times_16<2>(crumbs));
+      w[4 * c + 3] = either(w[4 * c + 3], crumbs_times_16<3>(crumbs));
+    }
+  }
+}
+
+constexpr bool has_minimum(Scales s) { return s == Scales::minimum || s == Scales::k_minimum || s == Scales::k_half_minimum; }
+constexpr bool has_halves(Scales s) { return s == Scales::k_half || s == Scales::k_half_minimum; }
+
+// Factor and offset of block b (of its half `half`, where halves differ).
+template <Scales kind> inline void block_scales(const uint8_t* s, int b, int half, Floats& factor, Floats& offset) {
+  if constexpr (kind == Scales::zero) {
+    factor = load_halves(reinterpret_cast<const uint16_t*>(s + 32 * static_cast<size_t>(b)));
+  } else if constexpr (kind == Scales::minimum) {
+    const uint16_t* p = reinterpret_cast<const uint16_t*>(s + 64 * static_cast<size_t>(b));
+    factor = load_halves(p);
+    offset = load_halves(p + 16);
+  } else if constexpr (kind == Scales::k_minimum) {
+    const uint8_t* super = s + static_cast<size_t>(b / 8) * 320;
+    const uint8_t* own = super + 64 + 32 * (b % 8);
+    factor = mul(load_halves(reinterpret_cast<const uint16_t*>(super)), load_unsigned(own));
+    offset = mul(load_halves(reinterpret_cast<const uint16_t*>(super + 32)), load_unsigned(own + 16));
+    offset = sub(splat(0.0f), offset);
+  } else if constexpr (kind == Scales::k_half) {
+    const uint8_t* super = s + static_cast<size_t>(b / 8) * 288;
+    factor = mul(load_halves(reinterpret_cast<const uint16_t*>(super)),
+                 load_signed(reinterpret_cast<const int8_t*>(super + 32 + 16 * (2 * (b % 8) + half))));
+  } else {
+    const uint8_t* super = s + static_cast<size_t>(b / 8) * 576;
+    const uint8_t* own = super + 64 + 32 * (2 * (b % 8) + half);
+    factor = mul(load_halves(reinterpret_cast<const uint16_t*>(super)), load_unsigned(own));
+    offset = mul(load_halves(reinterpret_cast<const uint16_t*>(super + 32)), load_unsigned(own + 16));
+    offset = sub(splat(0.0f), offset);
+  }
+}
+
+// The one way in which a block's whole-number product becomes part of a result.
+template <Scales kind> inline Floats add_block(Floats result, Ints dot, Floats factor, Floats offset, float scale, float sum) {
+  Floats value;
+  if constexpr (has_minimum(kind)) {
+    value = fma(to_floats(dot), factor, mul(offset, splat(sum)));
+  } else {
+    value = mul(to_floats(dot), factor);
+  }
+  return fma(value, splat(scale), result);
+}
+
+template <Scales kind> inline Ints start(int zero, int32_t sum) {
+  return splat_int(has_minimum(kind) ? 0 : -zero * sum);
+}
+
+// One panel times `count` rows, weights unpacked in registers.
+template <int bits, Scales kind, int count>
+void panel_times_rows(const Matrix& w, const uint8_t* panel, const QuantisedRow* rows, float (*out)[LANES]) {
+  constexpr bool small = bits < 8;
+  const int zero = w.facts().zero;
+  const uint8_t* scales = panel + w.weight_bytes;
+  Floats result[count];
+  for (int m = 0; m < count; m++) result[m] = splat(0.0f);
+  for (int b = 0; b < w.blocks; b++) {
+    const uint8_t* weights = panel + static_cast<size_t>(b) * block_weight_bytes(bits);
+    if constexpr (count <= 2) prefetch(weights + 2048);
+    Bytes q[8];
+    load_block<bits>(weights, q);
+    Floats factor, offset;
+    if constexpr (!has_halves(kind)) {
+      block_scales<kind>(scales, b, 0, factor, offset);
+      for (int m = 0; m < count; m++) {
+        const int8_t* x = rows[m].q + BLOCK * b;
+        Ints first = start<kind>(zero, rows[m].half_sum[2 * b] + rows[m].half_sum[2 * b + 1]);
+        Ints second = splat_int(0);
+        for (int g = 0; g < 4; g++) {
+          first = dot4<small>(first, q[g], x + 4 * g);
+          second = dot4<small>(second, q[g + 4], x + 16 + 4 * g);
+        }
+        result[m] = add_block<kind>(result[m], add(first, second), factor, offset, rows[m].scale[b], rows[m].sum[b]);
+      }
+    } else {
+      for (int half = 0; half < 2; half++) {
+        block_scales<kind>(scales, b, half, factor, offset);
+        for (int m = 0; m < count; m++) {
+          const int8_t* x = rows[m].q + BLOCK * b + 16 * half;
+          const int32_t sum = rows[m].half_sum[2 * b + half];
+          Ints dot = start<kind>(zero, sum);
+          for (int g = 0; g < 4; g++) dot = dot4<small>(dot, q[4 * half + g], x + 4 * g);
+          result[m] = add_block<kind>(result[m], dot, factor, offset, rows[m].scale[b], static_cast<float>(sum));
+        }
+      }
+    }
+  }
+  for (int m = 0; m < count; m++) store(out[m], result[m]);
+}
+
+// The same for many rows: panels are unpacked once into `scratch`, and then pass over strips of rows.
+struct Unpacked {
+  uint8_t* bytes;   // [blocks][8][64]
+  float* factors;   // [blocks or half blocks][16]
+  float* offsets;
+};
+
+inline Unpacked unpacked_at(uint8_t* scratch, int blocks) {
+  uint8_t* factors = scratch + static_cast<size_t>(blocks) * 512;
+  return {scratch, reinterpret_cast<float*>(factors), reinterpret_cast<float*>(factors + static_cast<size_t>(blocks) * 128)};
+}
+inline size_t unpacked_bytes(int blocks) { return static_cast<size_t>(blocks) * (512 + 256); }
+
+template <int bits, Scales kind> void unpack_panel(const Matrix& w, const uint8_t* panel, const Unpacked& out) {
+  constexpr int halves = has_halves(kind) ? 2 : 1;
+  const uint8_t* scales = panel + w.weight_bytes;
+  for (int b = 0; b < w.blocks; b++) {
+    Bytes q[8];
+    load_block<bits>(panel + static_cast<size_t>(b) * block_weight_bytes(bits), q);
+    for (int g = 0; g < 8; g++) store_bytes(out.bytes + 512 * static_cast<size_t>(b) + 64 * g, q[g]);
+    for (int half = 0; half < halves; half++) {
+      Floats factor, offset;
+      block_scales<kind>(scales, b, half, factor, offset);
+      store(out.factors + LANES * (static_cast<size_t>(b) * halves + half), factor);
+      if constexpr (has_minimum(kind)) store(out.offsets + LANES * (static_cast<size_t>(b) * halves + half), offset);
+    }
+  }
+}
+
+template <Scales kind, bool small, int panels, int count>
+void unpacked_times_rows(int blocks, int zero, const Unpacked* w, const QuantisedRow* rows, float (*out)[MOST_QUERIES][LANES]) {
+  constexpr int halves = has_halves(kind) ? 2 : 1, groups = 8 / halves;
+  Floats result[panels][count];
+  for (int p = 0; p < panels; p++)
+    for (int m = 0; m < count; m++) result[p][m] = splat(0.0f);
+  for (int b = 0; b < blocks * halves; b++) {
+    Ints dot[panels][count];
+    for (int m = 0; m < count; m++) {
+      const int32_t sum = halves == 2 ? rows[m].half_sum[b] : rows[m].half_sum[2 * b] + rows[m].half_sum[2 * b + 1];
+      for (int p = 0; p < panels; p++) dot[p][m] = start<kind>(zero, sum);
+    }
+    for (int g = 0; g < groups; g++) {
+      Bytes q[panels];
+      for (int p = 0; p < panels; p++) q[p] = load_bytes(w[p].bytes + 64 * (static_cast<size_t>(b) * groups + g));
+      for (int m = 0; m < count; m++)
+        for (int p = 0; p < panels; p++) dot[p][m] = dot4<small>(dot[p][m], q[p], rows[m].q + 4 * (b * groups + g));
+    }
+    for (int p = 0; p < panels; p++) {
+      const Floats factor = load(w[p].factors + LANES * static_cast<size_t>(b));
+      Floats offset = factor;
+      if constexpr (has_minimum(kind)) offset = load(w[p].offsets + LANES * static_cast<size_t>(b));
+      for (int m = 0; m < count; m++) {
+        const float sum = halves == 2 ? static_cast<float>(rows[m].half_sum[b]) : rows[m].sum[b];
+        result[p][m] = add_block<kind>(result[p][m], dot[p][m], factor, offset, rows[m].scale[b / halves], sum);
+      }
+    }
+  }
+  for (int p = 0; p < panels; p++)
+    for (int m = 0; m < count; m++) store(out[p][m], result[p][m]);
+}
+
+// Matrices of plain numbers: `panels` panels times `count` rows.
+template <Scales kind, int panels, int count>
+void float_panels_times_rows(const Matrix& w, const uint8_t* const* panel, const uint8_t* const* rows, float (*out)[MOST_QUERIES * 2][LANES]) {
+  Floats result[panels][count];
+  for (int p = 0; p < panels; p++)
+    for (int m = 0; m < count; m++) result[p][m] = splat(0.0f);
+  if constexpr (kind == Scales::bfloat16) {
+    for (int k = 0; k < (w.cols + 1) / 2; k++)
+      for (int p = 0; p < panels; p++) {
+        const uint16_t* pairs = reinterpret_cast<const uint16_t*>(panel[p]) + 32 * static_cast<size_t>(k);
+        if constexpr (count <= 2) prefetch(reinterpret_cast<const uint8_t*>(pairs) + 2048);
+        for (int m = 0; m < count; m++) result[p][m] = dot2(result[p][m], pairs, reinterpret_cast<const uint16_t*>(rows[m]) + 2 * k);
+      }
+  } else {
+    for (int k = 0; k < w.cols; k++)
+      for (int p = 0; p < panels; p++) {
+        const Floats weights = kind == Scales::float32 ? load(reinterpret_cast<const float*>(panel[p]) + LANES * static_cast<size_t>(k))
+                                                       : load_halves(reinterpret_cast<const uint16_t*>(panel[p]) + LANES * static_cast<size_t>(k));
+        for (int m = 0; m < count; m++) result[p][m] = fma(weights, splat(reinterpret_cast<const float*>(rows[m])[k]), result[p][m]);
+      }
+  }
+  for (int p = 0; p < panels; p++)
+    for (int m = 0; m < count; m++) store(out[p][m], result[p][m]);
+}
+
+// What a finished tile of results does: go to `out`, or wait beside its gate.
+inline void write_tile(const float (*tile)[LANES], int count, int panel, int matrix_rows, const Outputs& out, int first_row) {
+  const int column = panel * LANES, lanes = std::min(LANES, matrix_rows - column);
+  for (int m = 0; m < count; m++) {
+    float* to = out.row(first_row + m) + column;
+    if (lanes == LANES) {
+      Floats value = load(tile[m]);
+      if (out.write == Write::accumulate) value = add(load(to), value);
+      store(to, value);
+    } else {
+      for (int i = 0; i < lanes; i++) to[i] = out.write == Write::accumulate ? to[i] + tile[m][i] : tile[m][i];
+    }
+  }
+}
+
+inline Floats silu(Floats x) { return div(x, add(splat(1.0f), exponential(sub(splat(0.0f), x)))); }
+
+inline void write_swiglu(const float (*gate)[LANES], const float (*up)[LANES], int count, int panel, int matrix_rows,
+                         const Outputs& out, int first_row) {
+  float tile[LANES][LANES];
+  for (int m = 0; m < count; m++) store(tile[m], mul(silu(load(gate[m])), load(up[m])));
+  write_tile(tile, count, panel, matrix_rows, out, first_row);
+}
+
+constexpr int FEW_ROWS = 8;     // up to here weights are unpacked again for every strip: no buffer is needed
+constexpr int STRIP = MOST_QUERIES;
+constexpr int FLOAT_STRIP = 2 * MOST_QUERIES;
+
+template <int bits, Scales kind>
+void few_rows(const Matrix& w, const uint8_t* panel, const QuantisedRow* rows, int count, float (*out)[LANES]) {
+  switch (count) {
+    case 1: return panel_times_rows<bits, kind, 1>(w, panel, rows, out);
+    case 2: return panel_times_rows<bits, kind, 2>(w, panel, rows, out);
+    case 3: return panel_times_rows<bits, kind, 3>(w, panel, rows, out);
+    case 4: return panel_times_rows<bits, kind, 4>(w, panel, rows, out);
+    case 5: return panel_times_rows<bits, kind, 5>(w, panel, rows, out);
+    case 6: return panel_times_rows<bits, kind, 6>(w, panel, rows, out);
+    case 7: return panel_times_rows<bits, kind, 7>(w, panel, rows, out);
+    default: return panel_times_rows<bits, kind, 8>(w, panel, rows, out);
+  }
+}
+
+template <Scales kind, bool small, int panels>
+void strip(int blocks, int zero, const Unpacked* w, const QuantisedRow* rows, int count, float (*out)[MOST_QUERIES][LANES]) {
+  switch (count) {
+    case 1: return unpacked_times_rows<kind, small, panels, 1>(blocks, zero, w, rows, out);
+    case 2: return unpacked_times_rows<kind, small, panels, 2>(blocks, zero, w, rows, out);
+    case 3: return unpacked_times_rows<kind, small, panels, 3>(blocks, zero, w, rows, out);
+    case 4: return unpacked_times_rows<kind, small, panels, 4>(blocks, zero, w, rows, out);
+    case 5: return unpacked_times_rows<kind, small, panels, 5>(blocks, zero, w, rows, out);
+    default: return unpacked_times_rows<kind, small, panels, 6>(blocks, zero, w, rows, out);
+  }
+}
+
+template <Scales kind, int panels>
+void float_strip(const Matrix& w, const uint8_t* const* panel, const uint8_t* const* rows, int count, float (*out)[FLOAT_STRIP][LANES]) {
+  switch (count) {
+    case 1: return float_panels_times_rows<kind, panels, 1>(w, panel, rows, out);
+    case 2: return float_panels_times_rows<kind, panels, 2>(w, panel, rows, out);
+    case 3: return float_panels_times_rows<kind, panels, 3>(w, panel, rows, out);
+    case 4: return float_panels_times_rows<kind, panels, 4>(w, panel, rows, out);
+    case 5: return float_panels_times_rows<kind, panels, 5>(w, panel, rows, out);
+    case 6: return float_panels_times_rows<kind, panels, 6>(w, panel, rows, out);
+    case 7: case 8: if (count == 8) return float_panels_times_rows<kind, panels, 8>(w, panel, rows, out);
+      return float_panels_times_rows<kind, panels, 7>(w, panel, rows, out);
+    case 9: return float_panels_times_rows<kind, panels, 9>(w, panel, rows, out);
+    case 10: return float_panels_times_rows<kind, panels, 10>(w, panel, rows, out);
+    case 11: return float_panels_times_rows<kind, panels, 11>(w, panel, rows, out);
+    default: return float_panels_times_rows<kind, panels, 12>(w, panel, rows, out);
+  }
+}
+
+// A panel of each of `matrices` matrices (1, or gate and up) times all rows.
+template <int bits, Scales kind, int matrices>
+void quantised_panel(const Matrix* const* w, int panel, const Inputs& x, int rows, const Outputs& out, uint8_t* scratch) {
+  QuantisedRow strip_rows[FEW_ROWS];
+  if (rows <= FEW_ROWS) {
+    float tile[2][FEW_ROWS][LANES];
+    for (int m = 0; m < rows; m++) strip_rows[m] = quantised_row(x.row(m), w[0]->blocks);
+    for (int p = 0; p < matrices; p++) few_rows<bits, kind>(*w[p], w[p]->panel(panel), strip_rows, rows, tile[p]);
+    if (matrices == 2) write_swiglu(tile[0], tile[1], rows, panel, w[0]->rows, out, 0);
+    else write_tile(tile[0], rows, panel, w[0]->rows, out, 0);
+    return;
+  }
+  Unpacked unpacked[2];
+  for (int p = 0; p < matrices; p++) {
+    unpacked[p] = unpacked_at(scratch + p * unpacked_bytes(w[0]->blocks), w[0]->blocks);
+    unpack_panel<bits, kind>(*w[p], w[p]->panel(panel), unpacked[p]);
+  }
+  float tile[2][MOST_QUERIES][LANES];
+  for (int first = 0; first < rows; first += STRIP) {
+    const int count = std::min(STRIP, rows - first);
+    for (int m = 0; m < count; m++) strip_rows[m] = quantised_row(x.row(first + m), w[0]->blocks);
+    strip<kind, bits < 8, matrices>(w[0]->blocks, w[0]->facts().zero, unpacked, strip_rows, count, tile);
+    if (matrices == 2) write_swiglu(tile[0], tile[1], count, panel, w[0]->rows, out, first);
+    else write_tile(tile[0], count, panel, w[0]->rows, out, first);
+  }
+}
+
+// Two neighbouring panels of one matrix, for many rows.
+template <int bits, Scales kind>
+void quantised_panel_pair(const Matrix& w, int panel, const Inputs& x, int rows, const Outputs& out, uint8_t* scratch) {
+  QuantisedRow strip_rows[STRIP];
+  Unpacked unpacked[2];
+  for (int p = 0; p < 2; p++) {
+    unpacked[p] = unpacked_at(scratch + p * unpacked_bytes(w.blocks), w.blocks);
+    unpack_panel<bits, kind>(w, w.panel(panel + p), unpacked[p]);
+  }
+  float tile[2][MOST_QUERIES][LANES];
+  for (int first = 0; first < rows; first += STRIP) {
+    const int count = std::min(STRIP, rows - first);
+    for (int m = 0; m < count; m++) strip_rows[m] = quantised_row(x.row(first + m), w.blocks);
+    strip<kind, bits < 8, 2>(w.blocks, w.facts().zero, unpacked, strip_rows, count, tile);
+    for (int p = 0; p < 2; p++) write_tile(tile[p], count, panel + p, w.rows, out, first);
+  }
+}
+
+template <Scales kind, int matrices>
+void float_panel(const Matrix* const* w, int panel, const Inputs& x, int rows, const Outputs& out) {
+  const uint8_t* data[2] = {w[0]->panel(panel), matrices == 2 ? w[1]->panel(panel) : nullptr};
+  const uint8_t* strip_rows[FLOAT_STRIP];
+  float tile[2][FLOAT_STRIP][LANES];
+  for (int first = 0; first < rows; first += FLOAT_STRIP) {
+    const int count = std::min(FLOAT_STRIP, rows - first);
+    for (int m = 0; m < count; m++) strip_rows[m] = x.row(first + m);
+    float_strip<kind, matrices>(*w[0], data, strip_rows, count, tile);
+    if (matrices == 2) write_swiglu(tile[0], tile[1], count, panel, w[0]->rows, out, first);
+    else write_tile(tile[0], count, panel, w[0]->rows, out, first);
+  }
+}
+
+template <Scales kind> void float_panel_pair(const Matrix& w, int panel, const Inputs& x, int rows, const Outputs& out) {
+  const uint8_t* data[2] = {w.panel(panel), w.panel(panel + 1)};
+  const uint8_t* strip_rows[FLOAT_STRIP];
+  float tile[2][FLOAT_STRIP][LANES];
+  for (int first = 0; first < rows; first += FLOAT_STRIP) {
+    const int count = std::min(FLOAT_STRIP, rows - first);
+    for (int m = 0; m < count; m++) strip_rows[m] = x.row(first + m);
+    float_strip<kind, 2>(w, data, strip_rows, count, tile);
+    for (int p = 0; p < 2; p++) write_tile(tile[p], count, panel + p, w.rows, out, first);
+  }
+}
+
+template <int bits, Scales kind>
+void linear_of(const Matrix& w, int first, int last, const Inputs& x, int rows, const Outputs& out, uint8_t* scratch) {
+  const Matrix* one[1] = {&w};
+  int panel = first;
+  if constexpr (is_float(kind)) {
+    for (; panel + 1 < last; panel += 2) float_panel_pair<kind>(w, panel, x, rows, out);
+    for (; panel < last; panel++) float_panel<kind, 1>(one, panel, x, rows, out);
+  } else {
+    if (rows > FEW_ROWS)
+      for (; panel + 1 < last; panel += 2) quantised_panel_pair<bits, kind>(w, panel, x, rows, out, scratch);
+    for (; panel < last; panel++) quantised_panel<bits, kind, 1>(one, panel, x, rows, out, scratch);
+  }
+}
+
+template <int bits, Scales kind>
+void swiglu_of(const Matrix& gate, const Matrix& up, int first, int last, const Inputs& x, int rows, const Outputs& out, uint8_t* scratch) {
+  const Matrix* both[2] = {&gate, &up};
+  for (int panel = first; panel < last; panel++) {
+    if constexpr (is_float(kind)) float_panel<kind, 2>(both, panel, x, rows, out);
+    else quantised_panel<bits, kind, 2>(both, panel, x, rows, out, scratch);
+  }
+}
+
+#define AYLLU_BY_FORMAT(call)                                            \
+  switch (format) {                                                      \
+    case 0: call(4, Scales::zero)                                        \
+    case 1: call(4, Scales::minimum)                                     \
+    case 2: call(5, Scales::zero)                                        \
+    case 3: call(5, Scales::minimum)                                     \
+    case 4: call(8, Scales::zero)                                        \
+    case 5: call(4, Scales::k_half_minimum)                              \
+    case 6: call(4, Scales::k_half)                                      \
+    case 7: call(4, Scales::k_minimum)                                   \
+    case 8: call(5, Scales::k_minimum)                                   \
+    case 9: call(6, Scales::k_half)                                      \
+    case 10: call(32, Scales::float32)                                   \
+    case 11: call(16, Scales::float16)                                   \
+    default: call(16, Scales::bfloat16)                                  \
+  }
+
+void linear(const Matrix& w, int first, int last, const Inputs& x, int rows, const Outputs& out, uint8_t* scratch) {
+  const int format = w.format;
+#define AYLLU_CALL(bits, kind) return linear_of<bits, kind>(w, first, last, x, rows, out, scratch);
+  AYLLU_BY_FORMAT(AYLLU_CALL)
+#undef AYLLU_CALL
+}
+
+void linear_swiglu(const Matrix& gate, const Matrix& up, int first, int last, const Inputs& x, int rows, const Outputs& out, uint8_t* scratch) {
+  const int format = gate.format;
+#define AYLLU_CALL(bits, kind) return swiglu_of<bits, kind>(gate, up, first, last, x, rows, out, scratch);
+  AYLLU_BY_FORMAT(AYLLU_CALL)
+#undef AYLLU_CALL
+}
+
+template <int bits, Scales kind> void unpack_row_of(const Matrix& w, int row, float* out) {
+  const uint8_t* panel = w.panel(row / LANES);
+  const int lane = row % LANES;
+  if constexpr (is_float(kind)) {
+    float lanes[LANES];
+    for (int k = 0; k < w.cols; k++) {
+      if constexpr (kind == Scales::bfloat16) {
+        const uint32_t bits32 = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(panel)[32 * static_cast<size_t>(k / 2) + 2 * lane + k % 2]) << 16;
+        std::memcpy(out + k, &bits32, 4);
+      } else if constexpr (kind == Scales::float32) {
+        out[k] = reinterpret_cast<const float*>(panel)[LANES * static_cast<size_t>(k) + lane];
+      } else {
+        store(lanes, load_halves(reinterpret_cast<const uint16_t*>(panel) + LANES * static_cast<size_t>(k)));
+        out[k] = lanes[lane];
+      }
+    }
+  } else {
+    constexpr int halves = has_halves(kind) ? 2 : 1;
+    const uint8_t* scales = panel + w.weight_bytes;
+    for (int b = 0; b < w.blocks; b++) {
+      Bytes q[8];
+      uint8_t bytes[8][64];
+      float factors[2][LANES], offsets[2][LANES];
+      load_block<bits>(panel + static_cast<size_t>(b) * block_weight_bytes(bits), q);
+      for (int g = 0; g < 8; g++) store_bytes(bytes[g], q[g]);
+      for (int half = 0; half < halves; half++) {
+        Floats factor = splat(0.0f), offset = factor;
+        block_scales<kind>(scales, b, half, factor, offset);
+        store(factors[half], factor);
+        store(offsets[half], offset);
+      }
+      for (int i = 0; i < BLOCK && BLOCK * b + i < w.cols; i++) {
+        const int half = halves == 2 ? i / 16 : 0, q_i = bytes[i / 4][4 * lane + i % 4];
+        out[BLOCK * b + i] = has_minimum(kind) ? factors[half][lane] * static_cast<float>(q_i) + offsets[half][lane]
+                                               : factors[half][lane] * static_cast<float>(q_i - w.facts().zero);
+      }
+    }
+  }
+}
+
+void unpack_row(const Matrix& w, int row, float* out) {
+  const int format = w.format;
+#define AYLLU_CALL(bits, kind) return unpack_row_of<bits, kind>(w, row, out);
+  AYLLU_BY_FORMAT(AYLLU_CALL)
+#undef AYLLU_CALL
+}
+
+// x [32] -> int8 with the scale that gives the largest of them 127. Infinity and NaN make the scale NaN, so that
+// they show in the result instead of vanishing in a conversion.
+void quantise_block(const float* x, int8_t* q, float* scale, float* sum_of, int32_t* half_sums) {
+  const Floats low = load(x), high = load(x + 16);
+  const float most = largest(maximum(absolute(low), absolute(high)));
+  const float finite = AYLLU_ISA::sum(add(mul(low, splat(0.0f)), mul(high, splat(0.0f))));  // 0, or NaN
+  const float inverse = most > 0.0f && finite == 0.0f ? 127.0f / most : 0.0f;
+  const Ints a = to_ints(mul(low, splat(inverse))), b = to_ints(mul(high, splat(inverse)));
+  store_signed(q, a);
+  store_signed(q + 16, b);
+  half_sums[0] = AYLLU_ISA::sum(a);
+  half_sums[1] = AYLLU_ISA::sum(b);
+  *sum_of = static_cast<float>(half_sums[0] + half_sums[1]);
+  *scale = most / 127.0f + finite;
+}
+
+void make_inputs(InputKind kind, const float* x, size_t x_stride, int rows, int cols, uint8_t* out, size_t stride,
+                 int first_block, int last_block) {
+  const int blocks = (cols + BLOCK - 1) / BLOCK;
+  for (int r = 0; r < rows; r++) {
+    const float* from = x + x_stride * static_cast<size_t>(r);
+    uint8_t* row = out + stride * static_cast<size_t>(r);
+    for (int b = first_block; b < last_block; b++) {
+      float padded[BLOCK];
+      const float* block = from + BLOCK * b;
+      if (BLOCK * (b + 1) > cols) {
+        std::memset(padded, 0, sizeof padded);
+        std::memcpy(padded, block, sizeof(float) * static_cast<size_t>(cols - BLOCK * b));
+        block = padded;
+      }
+      if (kind == InputKind::quantised) {
+        uint8_t* after = row + static_cast<size_t>(blocks) * BLOCK;
+        quantise_block(block, reinterpret_cast<int8_t*>(row) + BLOCK * b, reinterpret_cast<float*>(after) + b,
+                       reinterpret_cast<float*>(after + 4 * static_cast<size_t>(blocks)) + b,
+                       reinterpret_cast<int32_t*>(after + 8 * static_cast<size_t>(blocks)) + 2 * b);
+      } else if (kind == InputKind::bfloat16) {
+        store_bf16(reinterpret_cast<uint16_t*>(row) + BLOCK * b, load(block));
+        store_bf16(reinterpret_cast<uint16_t*>(row) + BLOCK * b + 16, load(block + 16));
+      } else {
+        std::memcpy(reinterpret_cast<float*>(row) + BLOCK * b, block, sizeof padded);
+      }
+    }
+  }
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int cols, float* out) {
+  Floats squares = splat(0.0f);
+  int k = 0;
+  for (; k + 16 <= cols; k += 16) squares = fma(load(x + k), load(x + k), squares);
+  float total = sum(squares);
+  for (int i = k; i < cols; i++) total += x[i] * x[i];
+  const float scale = 1.0f / std::sqrt(total / static_cast<float>(cols) + eps);
+  for (k = 0; k + 16 <= cols; k += 16) {
+    Floats value = mul(load(x + k), splat(scale));
+    if (weight) value = mul(value, load(weight + k));
+    store(out + k, value);
+  }
+  for (; k < cols; k++) out[k] = x[k] * scale * (weight ? weight[k] : 1.0f);
+}
+
+void silu_multiply(const float* gate, const float* up, int count, float* out) {
+  int k = 0;
+  for (; k + 16 <= count; k += 16) store(out + k, mul(silu(load(gate + k)), load(up + k)));
+  if (k == count) return;
+  float g[LANES] = {}, u[LANES] = {};
+  std::memcpy(g, gate + k, sizeof(float) * static_cast<size_t>(count - k));
+  std::memcpy(u, up + k, sizeof(float) * static_cast<size_t>(count - k));
+  store(g, mul(silu(load(g)), load(u)));
+  std::memcpy(out + k, g, sizeof(float) * static_cast<size_t>(count - k));
+}
+
+void rotate(float* head, const float* cos, const float* sin, int head_dim, bool interleaved) {
+  const int pairs = head_dim / 2;
+  for (int p = 0; p < pairs; p++) {
+    float* a = interleaved ? head + 2 * p : head + p;
+    float* b = interleaved ? a + 1 : head + p + pairs;
+    const float x = *a, y = *b;
+    *a = x * cos[p] - y * sin[p];
+    *b = x * sin[p] + y * cos[p];
+  }
+}
+
+inline uint16_t to_bf16(float x) {
+  float lanes[LANES] = {x};
+  uint16_t out[LANES];
+  store_bf16(out, load(lanes));
+  return out[0];
+}
+
+void store_queries(const float* head, float scale, int head_dim, uint16_t* out) {
+  int k = 0;
+  for (; k + 16 <= head_dim; k += 16) store_bf16(out + k, mul(load(head + k), splat(scale)));
+  for (; k < head_dim; k++) out[k] = to_bf16(head[k] * scale);
+}
+
+// int8 numbers of one head with their scale: the largest becomes 127.
+float quantise_head(const float* head, int head_dim, int8_t* q) {
+  float most = 0.0f, finite = 0.0f;
+  for (int k = 0; k < head_dim; k++) {
+    most = std::max(most, std::fabs(head[k]));
+    finite += head[k] * 0.0f;
+  }
+  const float inverse = most > 0.0f && finite == 0.0f ? 127.0f / most : 0.0f;
+  for (int k = 0; k < head_dim; k++) q[k] = static_cast<int8_t>(std::lrint(head[k] * inverse));
+  return most / 127.0f + finite;
+}
+
+constexpr int MOST_HEAD = 1 << 14;
+
+void store_key(const KvLayout& layout, const float* head, uint8_t* tile, int slot) {
+  if (layout.int8) {
+    int8_t q[MOST_HEAD];
+    const float scale = quantise_head(head, layout.head_dim, q);
+    for (int k = 0; k < layout.head_dim; k++) reinterpret_cast<int8_t*>(tile)[(k / 2) * 32 + 2 * slot + k % 2] = q[k];
+    reinterpret_cast<float*>(tile + static_cast<size_t>(layout.head_dim) * 16)[slot] = scale;
+    return;
+  }
+  uint16_t* out = reinterpret_cast<uint16_t*>(tile);
+  uint16_t lanes[LANES];
+  int k = 0;
+  for (; k + 16 <= layout.head_dim; k += 16) {
+    store_bf16(lanes, load(head + k));
+    for (int i = 0; i < 16; i += 2) std::memcpy(out + (k + i) / 2 * 32 + 2 * slot, lanes + i, 4);
+  }
+  for (; k < layout.head_dim; k++) out[(k / 2) * 32 + 2 * slot + k % 2] = to_bf16(head[k]);
+}
+
+// The first position of a tile clears it: what a block held before, NaN perhaps, must not reach a sum even with
+// weight zero.
+void store_value(const KvLayout& layout, const float* head, uint8_t* tile, int slot) {
+  if (slot == 0) std::memset(tile, 0, layout.value_tile_bytes());
+  const size_t row = static_cast<size_t>(slot / 2) * layout.padded_dim * 2 + slot % 2;
+  if (layout.int8) {
+    int8_t q[MOST_HEAD];
+    const float scale = quantise_head(head, layout.head_dim, q);
+    for (int k = 0; k < layout.head_dim; k++) reinterpret_cast<int8_t*>(tile)[row + 2 * static_cast<size_t>(k)] = q[k];
+    reinterpret_cast<float*>(tile + static_cast<size_t>(layout.padded_dim) * 16)[slot] = scale;
+    return;
+  }
+  uint16_t* out = reinterpret_cast<uint16_t*>(tile) + row;
+  uint16_t lanes[LANES];
+  for (int k = 0; k < layout.head_dim; k += 16) {
+    const int some = std::min(16, layout.head_dim - k);
+    float part[LANES] = {};
+    std::memcpy(part, head + k, sizeof(float) * static_cast<size_t>(some));
+    store_bf16(lanes, load(part));
+    for (int i = 0; i < some; i++) out[2 * static_cast<size_t>(k + i)] = lanes[i];
+  }
+}
+
+// int8 numbers as bfloat16, exactly.
+inline void widen(const uint8_t* from, size_t count, uint16_t* to) {
+  for (size_t i = 0; i < count; i += 16) store_bf16(to + i, load_signed(reinterpret_cast<const int8_t*>(from) + i));
+}
+
+template <int count>
+void scores_of(const KvLayout& layout, const uint8_t* tile, const uint16_t* queries, float (*scores)[CHUNK_TILES * 16], int column) {
+  const uint16_t* keys = reinterpret_cast<const uint16_t*>(tile);
+  Floats score[count];
+  for (int m = 0; m < count; m++) score[m] = splat(0.0f);
+  for (int k = 0; k < layout.head_dim / 2; k++)
+    for (int m = 0; m < count; m++) score[m] = dot2(score[m], keys + 32 * k, queries + static_cast<size_t>(m) * layout.head_dim + 2 * k);
+  for (int m = 0; m < count; m++) store(scores[m] + column, score[m]);
+}
+
+// `wide` vectors of the values' dimensions from `dim` on, for all queries.
+template <int count, int wide>
+void values_of(const KvLayout& layout, const uint8_t* const* tiles, int pairs, const uint16_t (*weights)[CHUNK_TILES * 16], int dim, Partial* out) {
+  Floats sum[count][wide];
+  for (int m = 0; m < count; m++)
+    for (int i = 0; i < wide; i++) sum[m][i] = splat(0.0f);
+  for (int pair = 0; pair < pairs; pair++) {
+    const uint16_t* values = reinterpret_cast<const uint16_t*>(tiles[pair / 8]) + (static_cast<size_t>(pair % 8) * layout.padded_dim + dim) * 2;
+    for (int i = 0; i < wide; i++)
+      for (int m = 0; m < count; m++) sum[m][i] = dot2(sum[m][i], values + 32 * i, weights[m] + 2 * pair);
+  }
+  for (int m = 0; m < count; m++)
+    for (int i = 0; i < wide; i++) store(out[m].sum + dim + 16 * i, sum[m][i]);
+}
+
+template <int count>
+void attend_count(const KvLayout& layout, const ChunkView& chunk, const uint16_t* queries, const int32_t* seen, Partial* out, uint8_t* scratch) {
+  float scores[count][CHUNK_TILES * 16];
+  uint16_t weights[count][CHUNK_TILES * 16];
+  const uint8_t* values[CHUNK_TILES];
+  int most = 0;
+  for (int m = 0; m < count; m++) most = std::max(most, seen[m]);
+  const int tiles = std::min(chunk.tiles, (most + layout.tile_keys - 1) / layout.tile_keys);
+  for (int t = 0; t < tiles; t++) {
+    const uint8_t* keys = chunk.keys[t];
+    values[t] = chunk.values[t];
+    if (layout.int8) {
+      uint16_t* wide_keys = reinterpret_cast<uint16_t*>(scratch);
+      uint16_t* wide_values = wide_keys + 16 * static_cast<size_t>(layout.head_dim) * (CHUNK_TILES > 0) + static_cast<size_t>(t) * 16 * layout.padded_dim;
+      widen(keys, static_cast<size_t>(layout.head_dim) * 16, wide_keys);
+      widen(values[t], static_cast<size_t>(layout.padded_dim) * 16, wide_values);
+      keys = scratch;
+      values[t] = reinterpret_cast<const uint8_t*>(wide_values);
+    }
+    scores_of<count>(layout, keys, queries, scores, 16 * t);
+    if (layout.int8) {
+      const Floats scale = load(reinterpret_cast<const float*>(chunk.keys[t] + static_cast<size_t>(layout.head_dim) * 16));
+      for (int m = 0; m < count; m++) store(scores[m] + 16 * t, mul(load(scores[m] + 16 * t), scale));
+    }
+  }
+  const Floats never = splat(-INFINITY);
+  for (int m = 0; m < count; m++) {
+    Floats best = never;
+    for (int t = 0; t < tiles; t++) {
+      const Floats score = first_lanes(load(scores[m] + 16 * t), std::min(layout.tile_keys, seen[m] - t * layout.tile_keys), never);
+      store(scores[m] + 16 * t, score);
+      best = maximum(best, score);
+    }
+    out[m].best = largest(best);
+    Floats total = splat(0.0f);
+    for (int t = 0; t < tiles; t++) {
+      // A query that sees nothing here has no best: its weights are zero, not NaN.
+      Floats weight = exponential(sub(load(scores[m] + 16 * t), splat(out[m].best)));
+      weight = first_lanes(weight, std::min(layout.tile_keys, seen[m] - t * layout.tile_keys), splat(0.0f));
+      total = add(total, weight);
+      if (layout.int8) {
+        // Slots that nobody has written have no scale: zero times whatever lies there must stay zero.
+        Floats scale = load(reinterpret_cast<const float*>(chunk.values[t] + static_cast<size_t>(layout.padded_dim) * 16));
+        scale = first_lanes(scale, std::min(layout.tile_keys, seen[m] - t * layout.tile_keys), splat(0.0f));
+        weight = mul(weight, scale);
+      }
+      store_bf16(weights[m] + 16 * t, weight);
+    }
+    out[m].total = sum(total);
+  }
+  // Keys beyond the last one seen are not touched; a tile with an odd number of keys ends in a cleared slot.
+  int pairs = 0;
+  if (most > 0) {
+    const int last = std::min(most, layout.tile_keys * chunk.tiles) - 1;
+    pairs = last / layout.tile_keys * 8 + (last % layout.tile_keys) / 2 + 1;
+  }
+  constexpr int wide = count <= 3 ? 4 : 4;
+  int dim = 0;
+  for (; dim + 16 * wide <= layout.padded_dim; dim += 16 * wide) values_of<count, wide>(layout, values, pairs, weights, dim, out);
+  for (; dim < layout.padded_dim; dim += 16) values_of<count, 1>(layout, values, pairs, weights, dim, out);
+}
+
+void attend_chunk(const KvLayout& layout, const ChunkView& chunk, const uint16_t* queries, int count, const int32_t* seen, Partial* out, uint8_t* scratch) {
+  switch (count) {
+    case 1: return attend_count<1>(layout, chunk, queries, seen, out, scratch);
+    case 2: return attend_count<2>(layout, chunk, queries, seen, out, scratch);
+    case 3: return attend_count<3>(layout, chunk, queries, seen, out, scratch);
+    case 4: return attend_count<4>(layout, chunk, queries, seen, out, scratch);
+    case 5: return attend_count<5>(layout, chunk, queries, seen, out, scratch);
+    default: return attend_count<6>(layout, chunk, queries, seen, out, scratch);
+  }
+}
+
+inline float scalar_exponential(float x) {
+  float lanes[LANES];
+  store(lanes, exponential(splat(x)));
+  return lanes[0];
+}
+
+// Two parts of one softmax (Milakov and Gimelshein, 2018). An empty part (best -infinity) changes nothing.
+void merge(Partial* into, const Partial& from, int padded_dim) {
+  if (from.best == -INFINITY) return;
+  if (into->best == -INFINITY) {
+    std::memcpy(into->sum, from.sum, sizeof(float) * static_cast<size_t>(padded_dim));
+    into->best = from.best;
+    into->total = from.total;
+    return;
+  }
+  const float best = std::max(into->best, from.best);
+  const float old = scalar_exponential(into->best - best), more = scalar_exponential(from.best - best);
+  for (int k = 0; k < padded_dim; k += 16)
+    store(into->sum + k, fma(load(into->sum + k), splat(old), mul(load(from.sum + k), splat(more))));
+  into->total = into->total * old + from.total * more;
+  into->best = best;
+}
+
+void divide(const Partial& from, int head_dim, float* out) {
+  const float inverse = 1.0f / from.total;
+  int k = 0;
+  for (; k + 16 <= head_dim; k += 16) store(out + k, mul(load(from.sum + k), splat(inverse)));
+  for (; k < head_dim; k++) out[k] = from.sum[k] * inverse;
+}
+
+extern const Kernels table;
+const Kernels table = {AYLLU_ISA_NAME, make_inputs,   linear,      linear_swiglu, rms_norm, silu_multiply, rotate,
+                       store_queries,  store_key,     store_value, attend_chunk,  merge,    divide,        unpack_row};
+
+}  // namespace AYLLU_ISA
+
+namespace ayllu {
+const Kernels* AYLLU_ISA_TABLE() { return &AYLLU_ISA::table; }
+}  // namespace ayllu
