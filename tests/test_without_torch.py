@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +43,71 @@ def test_readers_tokenizers_formats_and_presets_work(smollm2_gguf: Path) -> None
     assert result.stdout.split() == ["31", "(576,)", "7"]
 
 
-def test_chat_names_the_extra_that_brings_torch(smollm2_gguf: Path) -> None:
-    code = "sys.argv = ['ayllu', 'chat', sys.argv[1], '-p', 'x']\nfrom ayllu.cli.main import main\nmain()\n"
-    result = _run(code, str(smollm2_gguf))
+def _program(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """As `_run`, where the processes that it starts have no torch either."""
+    (folder / "torch.py").write_text("raise ImportError('no torch here')\n", encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_a_gguf_model_answers(smollm2_gguf: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "sys.argv = ['ayllu', 'chat', sys.argv[1], '-p', 'x', '--max-tokens', '3']\n"
+        "from ayllu.cli.start import main\n"
+        "main()\n"
+    )
+    result = _program(code, tmp_path, str(smollm2_gguf))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+
+
+def test_a_model_that_needs_torch_names_the_extra_that_brings_it(minilm_folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from ayllu.cli.main import report\n"
+        "from ayllu.engine.native import open_engine\n"
+        "from ayllu.errors import MissingExtraError\n"
+        "try: open_engine(Path(sys.argv[1]))\n"
+        "except MissingExtraError as error: sys.exit(report(error))\n"
+    )
+    result = _program(code, tmp_path, str(minilm_folder))
     assert result.returncode == 6
     assert "pip install 'ayllu[torch]'" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+UNUSED = (
+    "torch", "pydantic", "PIL", "llguidance", "jsonschema_rs", "httpx2", "huggingface_hub", "rich",
+    "prompt_toolkit", "tiktoken", "filelock", "asyncio", "transformers",
+)  # fmt: skip
+"""What an answer to a text needs nothing of: each would be 10 to 2,000 ms before its first token."""
+
+
+def test_neither_process_of_an_engine_loads_what_an_answer_does_not_need(smollm2_gguf: Path) -> None:
+    code = (
+        "import sys\n"
+        "import ayllu.engine.open_core\n"
+        "from ayllu.engine.model_files import open_model_files\n"
+        "print(*sys.modules)\n"
+        "import ayllu.cli.main, ayllu.cli.opening, ayllu.engine.native, ayllu.settings\n"
+        "from pathlib import Path\n"
+        "from ayllu.chat.messages import user_message\n"
+        "from ayllu.weights.installed import find_installed\n"
+        "files = open_model_files(Path(sys.argv[1]))\n"
+        "files.chat_format.render([user_message('hello')])\n"
+        "print(*sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(smollm2_gguf)], capture_output=True, text=True, check=True
+    )
+    worker, front = ({name.partition(".")[0] for name in line.split()} for line in result.stdout.splitlines())
+    assert worker.isdisjoint((*UNUSED, "tokenizers", "jinja2", "typer"))
+    assert front.isdisjoint(UNUSED)

@@ -1,5 +1,5 @@
 """`python -m ayllu` is `ayllu`."""
 
-from ayllu.cli.main import main
+from ayllu.cli.start import main
 
 main()

@@ -6,48 +6,80 @@ built-in default. Where it came from is kept beside it, so that a surprising val
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ayllu.errors import UsageError, did_you_mean
 
 ENVIRONMENT_PREFIX = "AYLLU_"
 
 
-class Settings(BaseModel):
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("it should be text")
+    return value
+
+
+def _path(value: object) -> Path:
+    if not isinstance(value, str | Path):
+        raise ValueError("it should be a path")
+    return Path(value)
+
+
+def _timeout(value: object) -> float:
+    try:
+        seconds = float(value) if isinstance(value, str | int | float) and value is not True else math.nan
+    except (ValueError, OverflowError):
+        seconds = math.nan
+    if not 0 < seconds <= 3600:
+        raise ValueError("it should be a number above 0 and at most 3600")
+    return seconds
+
+
+def _about(read: Callable[[object], Any], description: str) -> dict[str, Any]:
+    """What a field's value is made with, from what was given (ValueError for what it cannot be), and told."""
+    return {"read": read, "description": description}
+
+
+# Not a pydantic model, which would cost every command 70 ms of start for these five.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
     """Every knob of ayllu that is not an argument of one command."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    store: Path = Field(
+    store: Path = field(
         default_factory=lambda: Path(platformdirs.user_data_dir("ayllu", appauthor=False)) / "models",
-        description="Folder that holds pulled models.",
+        metadata=_about(_path, "Folder that holds pulled models."),
     )
-    default_model: str = Field(
-        default="qwen2.5-coder-1.5b-instruct", description="Model that `ayllu chat` opens when none is named."
+    default_model: str = field(
+        default="qwen2.5-coder-1.5b-instruct",
+        metadata=_about(_text, "Model that `ayllu chat` opens when none is named."),
     )
-    device: str = Field(default="auto", description="Where the model runs: auto, cpu, cuda, cuda:N or mps.")
-    dtype: str = Field(
-        default="auto", description="Precision of the weights in memory: auto, float32, bfloat16 or float16."
+    device: str = field(
+        default="auto", metadata=_about(_text, "Where the model runs: auto, cpu, cuda, cuda:N or mps.")
     )
-    timeout_s: float = Field(
+    dtype: str = field(
+        default="auto",
+        metadata=_about(_text, "Precision of the weights in memory: auto, float32, bfloat16 or float16."),
+    )
+    timeout_s: float = field(
         default=30.0,
-        gt=0,
-        le=3600,
-        description="Seconds without a byte after which a source counts as stalled.",
+        metadata=_about(_timeout, "Seconds without a byte after which a source counts as stalled."),
     )
-
-    _origins: dict[str, str] = {}
+    origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def origin(self, name: str) -> str:
         """Where the value of `name` came from: 'flag', an environment variable, a file, or 'default'."""
-        return self._origins.get(name, "default")
+        return self.origins.get(name, "default")
+
+
+_KNOBS = {knob.name: knob.metadata for knob in fields(Settings) if knob.metadata}
 
 
 def settings_file(environment: Mapping[str, str] = os.environ) -> Path:
@@ -90,22 +122,20 @@ def load_settings(
         if value is not None:
             _require_known(name, "flag")
             values[name], origins[name] = value, "flag"
-    try:
-        settings = Settings(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        raise UsageError(
-            f"{name} = {values[name]!r} (from {origins[name]}) is not valid: {first['msg']}.",
-            f"{name} means: {Settings.model_fields[name].description}",
-        ) from error
-    settings._origins.update(origins)
-    return settings
+    for name, value in values.items():
+        try:
+            values[name] = _KNOBS[name]["read"](value)
+        except ValueError as error:
+            raise UsageError(
+                f"{name} = {value!r} (from {origins[name]}) is not valid: {error}.",
+                f"{name} means: {_KNOBS[name]['description']}",
+            ) from error
+    return Settings(**values, origins=origins)
 
 
 def _require_known(name: str, origin: str) -> None:
-    if name not in Settings.model_fields:
-        known = sorted(Settings.model_fields)
+    if name not in _KNOBS:
+        known = sorted(_KNOBS)
         raise UsageError(
             f"{origin} sets an unknown option {name!r}.{did_you_mean(name, known)}",
             f"Known options: {', '.join(known)}.",

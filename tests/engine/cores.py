@@ -19,6 +19,7 @@ from ayllu.engine.paged_memory import PagedMemory
 from ayllu.engine.prepared import CoreFacts
 from ayllu.engine.runner import Runner
 from ayllu.engine.scheduler import Scheduler
+from ayllu.engine.speculation import Speculation
 from ayllu.model.decoder import Decoder
 
 STOP_ID = 96
@@ -65,6 +66,7 @@ def small_core(
     deterministic: bool = False,
     image_cache_bytes: int = 1 << 20,
     adapters: AdapterSet | None = None,
+    speculation: Speculation | None = None,
 ) -> EngineCore:
     """A core of stated sizes. blocks: of every group, or by the group's name."""
     groups = layer_groups(decoder.config)
@@ -84,6 +86,7 @@ def small_core(
         facts=CoreFacts(context=context, slots=slots, reads_images=False, vocab_size=97),
         model_identity="tiny",
         deterministic=deterministic,
+        speculation=speculation,
     )
 
 

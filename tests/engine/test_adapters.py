@@ -1,4 +1,7 @@
-"""Adapters at work: equal to PEFT, to merged weights and to themselves alone, loaded and unloaded in use."""
+"""Adapters at work in torch: equal to PEFT, to merged weights and to themselves alone, loaded and unloaded in use.
+
+Names, versions and limits, which both runners share: `test_adapter_set`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from ayllu.engine.adapters import AdapterSet
 from ayllu.engine.oracle import Oracle
-from ayllu.errors import NoSpaceError, UnknownModelError, UnsupportedError, UsageError
+from ayllu.errors import UnknownModelError, UnsupportedError, UsageError
 from ayllu.model.attention import WholeSequence
 from ayllu.model.config import ModelConfig
 from ayllu.model.decoder import Decoder, random_decoder
@@ -402,75 +405,3 @@ def test_a_new_version_of_a_name_is_another_identity_beside_the_old(tmp_path: Pa
         torch.testing.assert_close(both[row], expected, atol=TOLERANCE, rtol=1e-4)
     adapters.release(held)
     assert adapters.nbytes == versions[1].nbytes
-
-
-def test_equal_content_under_two_names_is_held_once(tmp_path: Path) -> None:
-    config = tiny_llama()
-    adapters = AdapterSet(random_decoder(config, 1))
-    adapter = read_random(tmp_path, config, 1)
-    again = read_adapter(tmp_path / "1", config)
-    assert adapters.load("one", adapter) == adapters.load("two", again)
-    assert adapters.nbytes == adapter.nbytes and adapters.names == ("one", "two")
-    adapters.unload("one")
-    assert adapters.identity("two") == adapter.digest and adapters.nbytes == adapter.nbytes
-
-
-def test_count_and_bytes_are_limited_and_a_refused_load_changes_nothing(tmp_path: Path) -> None:
-    config = tiny_llama()
-    decoder = random_decoder(config, 1)
-    small, other, large = (read_random(tmp_path, config, rank, rank=rank) for rank in (2, 3, 8))
-    adapters = AdapterSet(decoder, max_adapters=2, max_bytes=small.nbytes + other.nbytes)
-    adapters.load("small", small)
-    hooks = hook_count(decoder)
-    with pytest.raises(NoSpaceError, match="in use"):
-        adapters.load("large", large)
-    with pytest.raises(NoSpaceError):
-        adapters.load("small", large)
-    assert adapters.identity("small") == small.digest and hook_count(decoder) == hooks
-    held = adapters.acquire("small")
-    adapters.load("other", other)
-    with pytest.raises(NoSpaceError, match="room for 2"):
-        adapters.load("again", small)
-    # A version that lost its name takes its place until its last request has ended.
-    adapters.unload("small")
-    with pytest.raises(NoSpaceError, match="room for 2"):
-        adapters.load("small", read_random(tmp_path, config, 1, rank=1))
-    adapters.release(held)
-    adapters.load("small", small)
-    assert adapters.names == ("other", "small")
-
-
-def test_a_replaced_version_makes_room_for_its_successor(tmp_path: Path) -> None:
-    config = tiny_llama()
-    one, two = (read_random(tmp_path, config, seed) for seed in (1, 2))
-    adapters = AdapterSet(random_decoder(config, 1), max_adapters=1, max_bytes=one.nbytes)
-    adapters.load("tuned", one)
-    adapters.load("tuned", two)
-    assert adapters.nbytes == two.nbytes
-    adapters.acquire("tuned")
-    with pytest.raises(NoSpaceError):
-        adapters.load("tuned", one)
-    assert adapters.identity("tuned") == two.digest
-
-
-def test_wrong_names_and_unknown_ones_are_errors_that_say_so(tmp_path: Path) -> None:
-    config = tiny_llama()
-    adapters = AdapterSet(random_decoder(config, 1))
-    adapter = read_random(tmp_path, config, 1)
-    for name in ("", " ", "a b", "../x", "é", "a\n", "-x", "x" * 201):
-        with pytest.raises(UsageError, match="cannot be the name"):
-            adapters.load(name, adapter)
-    adapters.load("legal/tuned:v1", adapter)
-    for action in (adapters.unload, adapters.acquire, adapters.identity):
-        with pytest.raises(UnknownModelError, match="Did you mean legal/tuned:v1"):
-            action("legal/tuned:v2")
-
-
-def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
-    adapter = read_random(tmp_path, tiny_llama4(expert_step=2), 1)
-    with pytest.raises(UsageError, match="does not fit this model"):
-        AdapterSet(random_decoder(tiny_llama(), 1)).load("tuned", adapter)
-    narrow = replace(tiny_llama(), hidden_size=32)
-    adapter = read_adapter(write_adapter(tmp_path / "narrow", narrow), narrow)
-    with pytest.raises(UsageError, match="does not fit this model"):
-        AdapterSet(random_decoder(tiny_llama(), 1)).load("tuned", adapter)

@@ -33,6 +33,7 @@ from ayllu.engine.events import (
     TextDelta,
     ToolCallMade,
 )
+from ayllu.engine.launch import WORKER_COMMAND, Launched
 from ayllu.engine.native import NativeEngine, open_engine
 from ayllu.engine.options import EngineOptions
 from ayllu.engine.parameters import Sampling
@@ -44,7 +45,6 @@ from ayllu.errors import (
     EngineCrashedError,
     EngineUnavailableError,
     GrammarError,
-    MissingExtraError,
     ModelFileError,
     NoSpaceError,
     OverloadedError,
@@ -355,10 +355,22 @@ def test_files_the_front_cannot_open_end_the_process(make: Make, tmp_path: Path)
         open_toy(tmp_path / "model")
 
 
-def test_without_torch_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(MissingExtraError, match=r"ayllu\[torch\]"):
-        open_toy(toy_folder(tmp_path / "model"))
+def test_a_process_that_is_under_way_is_taken_and_no_other_started(tmp_path: Path) -> None:
+    launched = Launched(TOY_WORKER)
+    with open_toy(toy_folder(tmp_path / "model"), launched=launched) as engine:
+        assert engine.process_id == launched.popen.pid
+        assert text_of(list(engine.submit(ask(2)))) == words(2)
+        launched.discard()  # of no effect on what was taken
+        os.kill(launched.popen.pid, signal.SIGKILL)
+        wait_until(lambda: engine.process_id not in (None, launched.popen.pid))
+        assert text_of(list(engine.submit(ask(2)))) == words(2)
+        assert engine.stats().restarts == 1
+
+
+def test_a_process_that_nobody_takes_is_gone_when_discarded() -> None:
+    launched = Launched()
+    launched.discard()
+    assert not running(launched.popen.pid)
 
 
 def test_loading_shows_its_progress(tmp_path: Path) -> None:
@@ -719,8 +731,6 @@ def test_the_process_may_be_started_from_a_thread_that_ends(make: Make) -> None:
 
 
 def test_the_folder_where_a_person_is_cannot_replace_our_modules(tmp_path: Path) -> None:
-    from ayllu.engine.supervisor import WORKER_COMMAND
-
     assert "-P" in WORKER_COMMAND and "-P" in TOY_WORKER
     (tmp_path / "ayllu").mkdir()
     (tmp_path / "ayllu" / "__init__.py").write_text("raise SystemExit('replaced')", encoding="utf-8")

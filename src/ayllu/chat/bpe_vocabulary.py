@@ -33,6 +33,16 @@ BYTE_OF_CHARACTER = _byte_alphabet()
 CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
 
 
+def byte_level_bytes(text: str | None) -> bytes:
+    """The bytes that a token of such a vocabulary stands for; none for None, an id without a token."""
+    if text is None:
+        return b""
+    try:
+        return bytes([BYTE_OF_CHARACTER[character] for character in text])
+    except KeyError:
+        return text.encode("utf-8", "replace")
+
+
 def encode_in_pieces(encoder: Encoder, text: str, source: str) -> list[int]:
     """Ids of `text` from the library, a bounded piece at a time."""
     ids: list[int] = []
@@ -80,13 +90,7 @@ class ByteLevelVocabulary:
         return document
 
     def bytes_of(self, token: int) -> bytes:
-        text = self._texts[token]
-        if text is None:
-            return b""
-        try:
-            return bytes([BYTE_OF_CHARACTER[character] for character in text])
-        except KeyError:
-            return text.encode("utf-8", "replace")
+        return byte_level_bytes(self._texts[token])
 
     def _without_missing_bytes(self, text: str) -> str:
         present = self._present

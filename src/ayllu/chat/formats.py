@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ayllu.chat.images import ImageConfig, TiledImage
 from ayllu.chat.messages import ImagePart, Message, ToolDefinition
-from ayllu.chat.toolcalls import ToolCallParser
 from ayllu.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from ayllu.chat.toolcalls import ToolCallParser
 
 
 class TextEncoder(Protocol):
@@ -209,6 +211,8 @@ class PlainFormat:
 
     def tool_call_parser(self, tools: Sequence[ToolDefinition] | None = None) -> ToolCallParser:
         """See `ChatFormat.tool_call_parser`."""
+        from ayllu.chat.toolcalls import ToolCallParser
+
         return ToolCallParser(tools)
 
     def _open(self, builder: PromptBuilder, role: str) -> None:

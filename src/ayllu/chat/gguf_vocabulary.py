@@ -6,7 +6,8 @@ are kept out of it, so no text can merge into one. Keys: the GGUF specification,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from ayllu.chat.bpe_vocabulary import (
     SPACE_MARK,
     ByteLevelVocabulary,
     SentencePieceVocabulary,
+    byte_level_bytes,
     byte_of_token,
 )
 from ayllu.chat.vocabulary import (
     END_OF_TURN_NAMES,
+    DeferredVocabulary,
     SpacePrefix,
     SpecialToken,
     TokenizerParts,
@@ -29,6 +32,7 @@ from ayllu.chat.vocabulary import (
     library_errors,
 )
 from ayllu.errors import ModelFileError, UnsupportedError
+from ayllu.text_array import TextArray
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -43,9 +47,10 @@ MERGES_PER_TOKEN, MERGES_BESIDES = 6, 16_384
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
-def parts_from_gguf(metadata: Mapping[str, object], file: Path) -> TokenizerParts:
-    """Tokenizer parts out of GGUF `metadata` (scalars, strings, lists, numpy arrays).
+def parts_from_gguf(metadata: Mapping[str, object], file: Path, *, deferred: bool = False) -> TokenizerParts:
+    """Tokenizer parts out of GGUF `metadata` (scalars, strings, lists, `TextArray`s, numpy arrays).
 
+    deferred: where the kind allows it, what only encoding needs is built, and checked, by the first text.
     Raises `ModelFileError` naming the key for missing, damaged or contradictory values, `UnsupportedError`
     for an unknown `tokenizer.ggml.model` or `tokenizer.ggml.pre`.
     """
@@ -57,7 +62,8 @@ def parts_from_gguf(metadata: Mapping[str, object], file: Path) -> TokenizerPart
     if kind == "gpt2":
         pre = reader.text("pre", "default")
         pretokenizers.require_known(pre, file)
-        vocabulary: Vocabulary = _byte_level(tokens, types, pre, reader)
+        whole = partial(_byte_level, tokens, types, pre, reader)
+        vocabulary: Vocabulary = _deferred(tokens, types, whole) if deferred else whole()
         add_bos = reader.flag("add_bos_token", pre in pretokenizers.ADDS_BOS)
     elif kind == "llama":
         vocabulary = _sentencepiece(tokens, types, reader)
@@ -120,8 +126,10 @@ class _Metadata:
             raise self.bad(key, "token id out of range", expected=f"below {size}", got=value)
         return int(value)
 
-    def strings(self, key: str) -> list[str]:
+    def strings(self, key: str) -> Sequence[str]:
         value = self.get(key)
+        if isinstance(value, TextArray):
+            return value
         if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
             raise self.bad(key, "missing or no array", got=type(value).__name__)
         items = value if isinstance(value, list) else list(value)
@@ -144,13 +152,13 @@ class _Metadata:
             raise self.bad(key, "wrong length", expected=length, got=len(array))
         return array
 
-    def tokens(self) -> list[str]:
+    def tokens(self) -> Sequence[str]:
         tokens = self.strings("tokens")
         if not tokens:
             raise self.bad("tokens", "no tokens")
         return tokens
 
-    def types(self, tokens: list[str]) -> np.ndarray[Any, Any]:
+    def types(self, tokens: Sequence[str]) -> np.ndarray[Any, Any]:
         types = self.numbers("token_type", len(tokens), "iu")
         if types is None:
             return np.full(len(tokens), NORMAL)
@@ -163,15 +171,16 @@ class _Metadata:
         return types
 
 
-def _specials(tokens: list[str], types: np.ndarray[Any, Any], reader: _Metadata) -> tuple[SpecialToken, ...]:
+def _specials(
+    tokens: Sequence[str], types: np.ndarray[Any, Any], reader: _Metadata
+) -> tuple[SpecialToken, ...]:
     """The special tokens; `types` is corrected in place where a file types a well-known end name as text.
 
     Only names of the form <|...|> are: `</s>` is also HTML, and an ordinary token in Qwen's vocabulary.
     """
-    ends = {name for name in END_OF_TURN_NAMES if name.startswith("<|")}
-    if not ends.isdisjoint(tokens):
-        for place, token in enumerate(tokens):
-            if token in ends and types[place] != UNUSED:
+    for name in END_OF_TURN_NAMES:
+        for place in _places(tokens, name) if name.startswith("<|") else ():
+            if types[place] != UNUSED:
                 types[place] = CONTROL
     found: dict[str, SpecialToken] = {}
     for place in np.flatnonzero(np.isin(types, (UNKNOWN, CONTROL, USER_DEFINED))).tolist():
@@ -183,8 +192,14 @@ def _specials(tokens: list[str], types: np.ndarray[Any, Any], reader: _Metadata)
     return tuple(found.values())
 
 
+def _places(tokens: Sequence[str], name: str) -> list[int]:
+    if isinstance(tokens, TextArray):
+        return tokens.places(name)
+    return [place for place, token in enumerate(tokens) if token == name] if name in tokens else []
+
+
 def _ordinary(
-    tokens: list[str], types: np.ndarray[Any, Any], kept: Iterable[int], reader: _Metadata
+    tokens: Sequence[str], types: np.ndarray[Any, Any], kept: Iterable[int], reader: _Metadata
 ) -> dict[str, int]:
     """Token text to id for the tokens of the `kept` types; these must not repeat."""
     places = np.flatnonzero(np.isin(types, list(kept))).tolist()
@@ -197,11 +212,12 @@ def _ordinary(
 
 
 def _byte_level(
-    tokens: list[str], types: np.ndarray[Any, Any], pre: str, reader: _Metadata
+    tokens: Sequence[str], types: np.ndarray[Any, Any], pre: str, reader: _Metadata
 ) -> ByteLevelVocabulary:
     from tokenizers import Tokenizer as Encoder
     from tokenizers import normalizers
 
+    texts, tokens = _texts(tokens, types), list(tokens)
     vocabulary = _ordinary(tokens, types, (NORMAL, BYTE), reader)
     merges = [tuple(merge.split(" ", 1)) for merge in reader.strings("merges")]
     encoder = Encoder(
@@ -210,15 +226,16 @@ def _byte_level(
     encoder.pre_tokenizer = pretokenizers.build(pre)
     if pre in pretokenizers.NFC_NORMALIZED:
         encoder.normalizer = normalizers.NFC()
-    return ByteLevelVocabulary(encoder, _texts(tokens, types), vocabulary, str(reader.file))
+    return ByteLevelVocabulary(encoder, texts, vocabulary, str(reader.file))
 
 
 def _sentencepiece(
-    tokens: list[str], types: np.ndarray[Any, Any], reader: _Metadata
+    tokens: Sequence[str], types: np.ndarray[Any, Any], reader: _Metadata
 ) -> SentencePieceVocabulary:
     from tokenizers import Tokenizer as Encoder
     from tokenizers import normalizers
 
+    texts, tokens = _texts(tokens, types), list(tokens)
     normal = _ordinary(tokens, types, (NORMAL,), reader)
     scores = reader.numbers("scores", len(tokens), "fiu")
     if scores is None:
@@ -234,7 +251,7 @@ def _sentencepiece(
     encoder = Encoder(_model(vocabulary, merges, tokens, reader, byte_fallback=True))
     encoder.normalizer = normalizers.Replace(" ", SPACE_MARK)
     prefix: SpacePrefix = "each" if reader.flag("add_space_prefix", True) else "none"
-    return SentencePieceVocabulary(encoder, _texts(tokens, types), bytes_by_id, prefix, str(reader.file))
+    return SentencePieceVocabulary(encoder, texts, bytes_by_id, prefix, str(reader.file))
 
 
 def merges_from_scores(
@@ -270,7 +287,7 @@ def merges_from_scores(
 def _model(
     vocabulary: dict[str, int],
     merges: list[Any],
-    tokens: list[str],
+    tokens: Sequence[str],
     reader: _Metadata,
     **options: bool,
 ) -> Any:
@@ -286,8 +303,28 @@ def _model(
         return models.BPE(vocab=vocabulary, merges=kept, **options)
 
 
-def _texts(tokens: list[str], types: np.ndarray[Any, Any]) -> list[str | None]:
-    texts: list[str | None] = list(tokens)
-    for place in np.flatnonzero(types == UNUSED).tolist():
-        texts[place] = None
-    return texts
+def _deferred(
+    tokens: Sequence[str], types: np.ndarray[Any, Any], whole: Callable[[], ByteLevelVocabulary]
+) -> DeferredVocabulary:
+    texts = _texts(tokens, types)
+    return DeferredVocabulary(len(tokens), "none", lambda token: byte_level_bytes(texts[token]), whole)
+
+
+def _texts(tokens: Sequence[str], types: np.ndarray[Any, Any]) -> Sequence[str | None]:
+    """The text of every id, None where there is none."""
+    unused = np.flatnonzero(types == UNUSED).tolist()
+    return _WithGaps(tokens, frozenset(unused)) if unused else tokens
+
+
+class _WithGaps(Sequence[str | None]):
+    """Texts, with None in some places."""
+
+    def __init__(self, texts: Sequence[str], gaps: frozenset[int]) -> None:
+        self._texts = texts
+        self._gaps = gaps
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, place: Any) -> Any:
+        return None if place in self._gaps else self._texts[place]

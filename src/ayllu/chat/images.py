@@ -11,12 +11,15 @@ import io
 import math
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
 
 from ayllu.errors import ImageError, UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_IMAGE_BYTES = 20_000_000
 MAX_IMAGE_PIXELS = 40_000_000
@@ -68,6 +71,9 @@ def tile_image(data: bytes | Image.Image, config: ImageConfig | None = None) -> 
     model the way a person sees it (the published Llama 4 loaders do the same). Transparent pixels are
     composited on white.
     """
+    # Imported where it is used: conversations without images need not wait for it.
+    from PIL import Image
+
     config = config or ImageConfig()
     image = _open(data) if isinstance(data, bytes) else data
     _check_size(image.width, image.height)
@@ -141,6 +147,8 @@ def resized_size(size: tuple[int, int], canvas: tuple[int, int], config: ImageCo
 
 
 def _open(data: bytes) -> Image.Image:
+    from PIL import Image
+
     if len(data) > MAX_IMAGE_BYTES:
         raise ImageError(
             f"The image has {len(data):,} bytes; at most {MAX_IMAGE_BYTES:,} are allowed.",
@@ -164,6 +172,8 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image, ImageOps
+
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):

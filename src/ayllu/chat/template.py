@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ayllu.chat.formats import (
     CallLayout,
@@ -26,8 +26,10 @@ from ayllu.chat.formats import (
 )
 from ayllu.chat.messages import Message, ToolCall, ToolDefinition
 from ayllu.chat.template_sandbox import SandboxedTemplate
-from ayllu.chat.toolcalls import ToolCallParser
 from ayllu.errors import TemplateError, UsageError
+
+if TYPE_CHECKING:
+    from ayllu.chat.toolcalls import ToolCallParser
 
 _STAND_INS = range(0xF0000, 0xFFFFE)
 _MAX_DEPTH = 50
@@ -105,6 +107,8 @@ class TemplateFormat:
 
     def tool_call_parser(self, tools: Sequence[ToolDefinition] | None = None) -> ToolCallParser:
         """See `ChatFormat.tool_call_parser`."""
+        from ayllu.chat.toolcalls import ToolCallParser
+
         return ToolCallParser(tools)
 
 

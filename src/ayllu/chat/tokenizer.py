@@ -239,14 +239,15 @@ class _SpecialFinder:
         return None
 
 
-def tokenizer_from_gguf(metadata: Mapping[str, object], file: Path) -> Tokenizer:
+def tokenizer_from_gguf(metadata: Mapping[str, object], file: Path, *, deferred: bool = False) -> Tokenizer:
     """The tokenizer inside a GGUF file's metadata (`file` is only named in errors).
 
-    Raises `ModelFileError` for damaged metadata, `UnsupportedError` for a kind ayllu does not know.
+    deferred: what only encoding needs is built by the first text, see `DeferredVocabulary`. Raises
+    `ModelFileError` for damaged metadata, `UnsupportedError` for a kind ayllu does not know.
     """
     from ayllu.chat.gguf_vocabulary import parts_from_gguf
 
-    return Tokenizer(parts_from_gguf(metadata, file))
+    return Tokenizer(parts_from_gguf(metadata, file, deferred=deferred))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -7,7 +7,8 @@ live one level up, in `tokenizer.Tokenizer`, so that no text can reach one throu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,32 @@ class Vocabulary(Protocol):
     def bytes_of(self, token: int) -> bytes:
         """The bytes of one id in [0, size); empty for ids that stand for nothing."""
         ...
+
+
+class DeferredVocabulary:
+    """A vocabulary that is built by the first text to encode, for a process that mostly only decodes: the
+    libraries behind and their tables take some 0.1 s and 30 MB. Until then `bytes_of` serves alone."""
+
+    def __init__(
+        self,
+        size: int,
+        space_prefix: SpacePrefix,
+        bytes_of: Callable[[int], bytes],
+        build: Callable[[], Vocabulary],
+    ) -> None:
+        self.size = size
+        self.space_prefix: SpacePrefix = space_prefix
+        self.bytes_of = bytes_of
+        self._build = build
+        self._building = threading.Lock()
+        self._whole: Vocabulary | None = None
+
+    def encode(self, text: str, *, prefix_space: bool = False) -> list[int]:
+        """See `Vocabulary.encode`. Raises what building the vocabulary raises, ModelFileError above all."""
+        with self._building:
+            if self._whole is None:
+                self._whole = self._build()
+        return self._whole.encode(text, prefix_space=prefix_space)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def chat(
+    run: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="Name of a model, or a path. Default: the setting default_model.")
     ] = None,
@@ -53,6 +54,7 @@ def chat(
     from ayllu.cli.measure import Timing
     from ayllu.cli.opening import find_or_pull
     from ayllu.cli.terminal import read_image
+    from ayllu.engine.model_files import is_encoder
     from ayllu.engine.native import open_engine
     from ayllu.engine.options import EngineOptions
     from ayllu.engine.parameters import Sampling
@@ -61,7 +63,6 @@ def chat(
     from ayllu.errors import UsageError
     from ayllu.progress import TerminalProgress
     from ayllu.settings import load_settings
-    from ayllu.weights.encoder import is_encoder_folder
 
     clock = Timing()
     settings = load_settings({"device": device, "dtype": dtype})
@@ -77,7 +78,7 @@ def chat(
         seed=seed,
     )
     installed = find_or_pull(model, pull, settings)
-    if is_encoder_folder(installed.path):
+    if is_encoder(installed.path):
         raise UsageError(
             f"{installed.name} is an embedding model: it makes vectors of texts and cannot talk.",
             "Choose a model that generates (`ayllu list`).",
@@ -89,7 +90,11 @@ def chat(
         dtype=settings.dtype,
         command=f"ayllu chat {shlex.quote(model or installed.name)}",
     )
-    with open_engine(installed.path, options, TerminalProgress(), installed.name) as engine:
+    # What `ayllu.cli.start` has begun, if this was started as a program.
+    launched = run.obj
+    with open_engine(
+        installed.path, options, TerminalProgress(), installed.name, launched=launched
+    ) as engine:
         for note in engine.notes:
             print(note, file=sys.stderr)
         if question is None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ayllu import __version__
 from ayllu.cli import batch, chat, convert, models, show
+from ayllu.cli.bench import command as bench
 from ayllu.errors import AylluError, UsageError
+
+if TYPE_CHECKING:
+    from ayllu.engine.launch import Launched
 
 # Plain help: with rich's, `ayllu --help` would take twice as long (0.20 s against 0.09 s, 2-core Zen 4).
 app = typer.Typer(
@@ -46,16 +50,20 @@ app.command("list", short_help="Show installed models and the catalogue.")(model
 app.command("show", short_help="Show what a model is and what it needs.")(show.show)
 app.command("remove")(models.remove)
 app.command("convert")(convert.convert)
+app.command("bench", short_help="Measure speed here, beside other programs.")(bench.bench)
 
 
-def main() -> None:
-    """Entry point: an expected failure becomes one line on standard error and its exit code."""
+def main(launched: Launched | None = None) -> None:
+    """Entry point: an expected failure becomes one line on standard error and its exit code.
+
+    launched: an engine's process that is under way already; the command may take it (`ayllu.cli.start`).
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal that lacks a character shows a question mark: no reason to lose an answer.
             stream.reconfigure(errors="replace")
     try:
-        app()
+        app(obj=launched)
     except AylluError as error:
         sys.exit(report(error))
     except OSError as error:

@@ -6,6 +6,7 @@ that `ayllu --help` stays quick.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -161,7 +162,7 @@ def _as_json(model: InstalledModel) -> dict[str, Any]:
         "licence": model.licence,
         "source": model.source,
         "pulled_at": model.pulled_at,
-        "files": [file.model_dump() for file in model.files],
+        "files": [dataclasses.asdict(file) for file in model.files],
     }
 
 

@@ -9,6 +9,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from ayllu.paths import expanded
+
 if TYPE_CHECKING:
     from ayllu.engine.remote.engine import RemoteEngine
     from ayllu.settings import Settings
@@ -22,6 +24,18 @@ def find_or_pull(model: str | None, pull: bool, settings: Settings) -> Installed
 
     Raises UnknownModelError naming the command that would fetch it.
     """
+    from ayllu.weights.installed import find_installed, in_place
+
+    name = model or settings.default_model
+    # The two common cases first: the store brings catalogue, sources and an HTTP library with it.
+    if (installed := find_installed(settings.store, name)) is not None:
+        return installed
+    if name.endswith(".gguf") and "/" in name and (path := expanded(name)).is_file():
+        return in_place(path)
+    return _find_or_pull_by_store(model, pull, settings)
+
+
+def _find_or_pull_by_store(model: str | None, pull: bool, settings: Settings) -> InstalledModel:
     from ayllu.errors import UnknownModelError
     from ayllu.progress import TerminalProgress
     from ayllu.weights.store import open_store, pull_with_fallback

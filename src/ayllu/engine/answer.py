@@ -101,6 +101,23 @@ class Answer:
         return [event]
 
 
+def joined(events: AbstractSequence[Event]) -> list[Event]:
+    """The events of one answer in one step, its text in one piece: each event travels on its own."""
+    said: list[Event] = []
+    for event in events:
+        last = said[-1] if said else None
+        if isinstance(event, TextDelta) and isinstance(last, TextDelta):
+            said[-1] = TextDelta(
+                event.index,
+                last.text + event.text,
+                last.token_ids + event.token_ids,
+                last.logprobs + event.logprobs,
+            )
+        else:
+            said.append(event)
+    return said
+
+
 def token_logprob(
     tokenizer: Tokenizer, logits: NDArray[np.float32], token: int, alternatives: int
 ) -> TokenLogprob:

@@ -196,6 +196,14 @@ class BlockCache:
             if group.chunk is not None and length == start + group.chunk:
                 self._release(pool, table)
 
+    def trim(self, sequence: Sequence) -> None:
+        """Take back the blocks that hold nothing computed, as those of a draft that was not accepted."""
+        for group, pool, table in zip(self.groups, self.pools, sequence.tables, strict=True):
+            start = 0 if group.chunk is None else sequence.computed // group.chunk * group.chunk
+            needed = -(-(sequence.computed - start) // self.block_tokens)
+            while len(table) > needed:
+                pool.release(table.pop())
+
     def close(self, sequence: Sequence) -> None:
         """Take all blocks back. What they hold stays remembered until they are needed."""
         self._open.remove(sequence)

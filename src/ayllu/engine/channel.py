@@ -1,40 +1,23 @@
 """Typed messages over a socket between two processes of ours, without pickle.
 
 A frame is its length (4 bytes, big-endian), the header's length (4 bytes), the header and the body. Both
-lengths have limits that are checked before anything is allocated. The header is a message as JSON, checked
-field by field; an array's place in it holds the shape, its numbers stand in the body. Which messages there
-are is told in `messages`.
+lengths have limits that are checked before anything is allocated. The header is a message as JSON; an array's
+place in it holds the shape, its numbers stand in the body. `codec` makes frames of messages and checks them
+field by field; which messages there are is told in `messages`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import socket
 import struct
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import (
-    ConfigDict,
-    PlainSerializer,
-    PlainValidator,
-    SerializationInfo,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-)
-from pydantic_core import PydanticSerializationError
-
-from ayllu.errors import AylluError, clip
 
 MAX_FRAME_BYTES = 1 << 30
 MAX_HEADER_BYTES = 64 << 20
-MAX_DIMENSIONS = 8
 
 _LENGTH = struct.Struct(">I")
 
@@ -162,87 +145,3 @@ class Channel:
                 return read
             read += count
         return read
-
-
-class _Body:
-    """The numbers behind a header, handed out in order."""
-
-    def __init__(self, body: memoryview) -> None:
-        self._body = body
-        self._taken = 0
-
-    def take(self, shape: object, kind: type[np.generic]) -> NDArray[Any]:
-        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
-            raise ValueError("an array's place holds no shape")
-        if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape):
-            raise ValueError("a shape holds something else than sizes")
-        size = math.prod(shape) * np.dtype(kind).itemsize
-        if size > self._body.nbytes - self._taken:
-            raise ValueError("an array is longer than the body")
-        piece = self._body[self._taken : self._taken + size]
-        self._taken += size
-        return np.frombuffer(piece, dtype=kind).reshape(shape)
-
-    def require_end(self) -> None:
-        if self._taken != self._body.nbytes:
-            raise ChannelError(f"{self._body.nbytes - self._taken} bytes of a message belong to no array.")
-
-
-def _give(array: NDArray[Any], info: SerializationInfo[list[memoryview]]) -> list[int]:
-    array = np.ascontiguousarray(array)
-    info.context.append(array.reshape(-1).view(np.uint8).data)
-    return list(array.shape)
-
-
-def _taker(kind: type[np.generic]) -> Callable[[object, ValidationInfo[_Body]], NDArray[Any]]:
-    def take(shape: object, info: ValidationInfo[_Body]) -> NDArray[Any]:
-        return info.context.take(shape, kind)
-
-    return take
-
-
-Float32Array = Annotated[NDArray[np.float32], PlainSerializer(_give), PlainValidator(_taker(np.float32))]
-Int32Array = Annotated[NDArray[np.int32], PlainSerializer(_give), PlainValidator(_taker(np.int32))]
-
-
-Message = TypeVar("Message")
-
-
-class Codec(Generic[Message]):
-    """Messages of one type (a union told apart by `kind`) to bytes and back."""
-
-    def __init__(self, kind: Any) -> None:
-        # Strict and closed for nested dataclasses too: those of other files have no settings of their own.
-        config = ConfigDict(
-            strict=True,
-            extra="forbid",
-            ser_json_inf_nan="constants",
-            ser_json_bytes="base64",
-            val_json_bytes="base64",
-            arbitrary_types_allowed=True,
-        )
-        self._adapter: TypeAdapter[Message] = TypeAdapter(kind, config=config)
-
-    def pack(self, message: Message) -> Packed:
-        """Raises ChannelError for text that is not Unicode, the one thing JSON cannot hold."""
-        blobs: list[memoryview] = []
-        try:
-            header = self._adapter.dump_json(message, context=blobs)
-        except PydanticSerializationError as error:
-            raise ChannelError(f"A message cannot be written: {clip(error)}") from error
-        return Packed(header, tuple(blobs))
-
-    def unpack(self, frame: Frame) -> Message:
-        """Raises ChannelError for whatever is no such message."""
-        body = _Body(frame.body)
-        try:
-            message = self._adapter.validate_json(frame.header, context=body)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise ChannelError(f"A frame holds no message: {clip(place)}: {first['msg']}.") from error
-        except AylluError as error:
-            # From dataclasses that check themselves.
-            raise ChannelError(f"A frame holds no message: {error.problem}") from error
-        body.require_end()
-        return message

@@ -11,6 +11,8 @@ import os
 from collections import Counter
 from collections.abc import Sequence as AbstractSequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +21,14 @@ from numpy.typing import NDArray
 
 from ayllu.chat.tokenizer import Tokenizer
 from ayllu.engine.admission import image_rows, require_tokens
-from ayllu.engine.answer import Grammar
+from ayllu.engine.answer import Answer, Grammar, joined
 from ayllu.engine.events import Event, Failed
 from ayllu.engine.jobs import EmbeddingJob, GenerationJob, Job
 from ayllu.engine.prepared import CoreFacts, EmbeddingsReady, PreparedEmbedding, PreparedRequest
 from ayllu.engine.protocol import EngineStats
 from ayllu.engine.scheduler import Piece, Scheduler
 from ayllu.engine.sequence import Sequence
+from ayllu.engine.speculation import Speculation
 from ayllu.engine.step_runner import Adapters, RunnerPiece, StepRunner
 from ayllu.engine.working_memory import LOGIT_ROWS
 from ayllu.errors import AylluError, RequestFailedError, UsageError, clip
@@ -45,7 +48,8 @@ Said = list[tuple[str, CoreEvent]]
 class EngineCore:
     """Takes prepared requests and says what becomes of them, step by step. All calls from one thread.
 
-    deterministic: every piece is computed alone. `facts` says what this core is.
+    deterministic: every piece is computed alone. speculation: what drafts tokens, if anything does; not
+    together with `deterministic`. `facts` says what this core is.
     """
 
     def __init__(
@@ -59,7 +63,9 @@ class EngineCore:
         facts: CoreFacts,
         model_identity: str,
         deterministic: bool = False,
+        speculation: Speculation | None = None,
     ) -> None:
+        assert not (deterministic and speculation), "drafted rows are computed together"
         self.facts = facts
         self.scheduler = scheduler
         self.runner = runner
@@ -67,6 +73,7 @@ class EngineCore:
         self._tokenizer = tokenizer
         self._adapters = adapters
         self._deterministic = deterministic
+        self._speculation = speculation
         # Nobody outside can know a key, so nobody can tell by timing which prompts others have sent.
         self._secret = os.urandom(32)
         self._model_identity = model_identity
@@ -128,7 +135,7 @@ class EngineCore:
         if isinstance(job, GenerationJob):
             for sequence in job.sequences:
                 said += job.answers[sequence].finish("cancelled")
-                self.scheduler.remove(sequence)
+                self._remove(sequence)
             said += job.closing()
         else:
             said.append(Failed(RequestFailedError("The request was cancelled.")))
@@ -140,6 +147,8 @@ class EngineCore:
         """Do one step of work and say what came of it."""
         said, self._unsaid = self._unsaid, []
         self._start_compiled(said)
+        if self._speculation is not None:
+            self._speculation.begin()
         pieces = self.scheduler.plan()
         if not pieces:
             return said
@@ -150,7 +159,7 @@ class EngineCore:
                 said += [(job.id, event) for event in job.opening(piece.sequence)]
                 self._counts["prompt_tokens"] += len(job.request.token_ids)
                 self._counts["cached_prompt_tokens"] += piece.sequence.cached_tokens or 0
-        computed = self._compute(pieces, said)
+        computed = self._compute(self._with_drafts(pieces), said)
         self.scheduler.done([piece for piece, _ in computed])
         self._score_prompts(computed, said)
         self._embed(computed, said)
@@ -185,17 +194,32 @@ class EngineCore:
             except Exception as error:
                 self._fail(job, error, "grammar", said)
 
+    def _with_drafts(self, pieces: list[Piece]) -> list[Piece]:
+        """The pieces, those of answers with drafts where that pays, within the limits of a step."""
+        if self._speculation is None:
+            return pieces
+        rows = sum(piece.rows for piece in pieces)
+        drawn = sum(piece.completes for piece in pieces)
+        spare = min(self.scheduler.step_tokens - rows, max(LOGIT_ROWS, self.scheduler.slots) - drawn)
+        decoding = [
+            (piece.sequence, self.scheduler.room_for_draft(piece)) for piece in pieces if piece.continues
+        ]
+        drafts = iter(self._speculation.drafts(decoding, rows=rows, most=max(0, spare)))
+        return [
+            self.scheduler.with_draft(piece, next(drafts)) if piece.continues else piece for piece in pieces
+        ]
+
     def _compute(self, pieces: AbstractSequence[Piece], said: Said) -> list[tuple[Piece, Any]]:
         """Hidden states of the pieces that could be computed; requests whose pieces could not have failed."""
-        if len(pieces) > 1 and not self._deterministic:
+        if (len(pieces) > 1 and not self._deterministic) or any(piece.drafted for piece in pieces):
             try:
                 return list(zip(pieces, self.runner.forward(self._runner_pieces(pieces)), strict=True))
             except Exception:
-                # Somebody's piece is at fault, and nobody knows whose: each is tried alone. Writing the same
-                # keys and values again does no harm.
+                # Somebody's piece is at fault, and nobody knows whose: each is tried alone, and without its
+                # draft. Writing the same keys and values again does no harm.
                 self._counts["retried_steps"] += 1
         computed = []
-        for piece in pieces:
+        for piece in (replace(piece, drafted=()) for piece in pieces):
             job = self._job(piece)
             if job.id not in self._jobs:
                 continue
@@ -209,7 +233,7 @@ class EngineCore:
     def _runner_pieces(self, pieces: AbstractSequence[Piece]) -> list[RunnerPiece]:
         return [
             RunnerPiece(
-                piece.sequence.tokens[piece.start : piece.stop],
+                [*piece.sequence.tokens[piece.start : piece.stop], *piece.drafted],
                 piece.start,
                 piece.sequence.tables,
                 job.adapter,
@@ -249,7 +273,7 @@ class EngineCore:
             try:
                 done = job.add(piece.sequence, piece.start, self.runner.summed(hidden), last=piece.completes)
                 if piece.completes:
-                    self.scheduler.remove(piece.sequence)
+                    self._remove(piece.sequence)
                 if done:
                     self._counts["finished"] += 1
                     said.append((job.id, job.ready()))
@@ -259,20 +283,24 @@ class EngineCore:
 
     def _draw(self, computed: AbstractSequence[tuple[Piece, Any]], said: Said) -> None:
         drawing = [
-            (piece.sequence, hidden, piece.stop - piece.start - 1)
+            (piece, hidden)
             for piece, hidden in computed
             if piece.completes and isinstance(self._job(piece), GenerationJob)
         ]
-        for (sequence, _, _), row in zip(drawing, self._logits(drawing), strict=True):
-            job = self._jobs.get(sequence.owner.id)
-            if isinstance(job, GenerationJob):
-                self._continue(job, sequence, row, said)
+        rows = [
+            (hidden, row)
+            for piece, hidden in drawing
+            for row in range(piece.stop - piece.start - 1, piece.rows)
+        ]
+        logits = iter(self._logits(rows))
+        if self._speculation is not None:
+            decoding = all(piece.continues for piece, _ in computed)
+            self._speculation.computed(sum(piece.rows for piece, _ in computed) if decoding else None)
+        for piece, _ in drawing:
+            self._continue(piece, list(islice(logits, 1 + len(piece.drafted))), said)
 
-    def _logits(
-        self, drawing: AbstractSequence[tuple[Sequence, Any, int]]
-    ) -> list[NDArray[np.float32] | Exception]:
+    def _logits(self, rows: list[tuple[Any, int]]) -> AbstractSequence[NDArray[np.float32] | Exception]:
         """A row of logits for each; where computing them failed, the error."""
-        rows = [(hidden, row) for _, hidden, row in drawing]
         if rows and not self._deterministic:
             try:
                 return list(self.runner.logits(rows))
@@ -287,32 +315,56 @@ class EngineCore:
         return found
 
     def _continue(
-        self, job: GenerationJob, sequence: Sequence, row: NDArray[np.float32] | Exception, said: Said
+        self, piece: Piece, rows: AbstractSequence[NDArray[np.float32] | Exception], said: Said
     ) -> None:
-        """Draw the next token of one answer and say what follows from it."""
-        answer = job.answers[sequence]
-        stage = "sample"
-        try:
-            if isinstance(row, Exception):
-                raise row
-            if job.request.max_new_tokens == 0:
-                events = answer.finish("length")
-            else:
-                token = answer.draw(row)
-                stage = "detokenise"
-                events = answer.take(token)
-        except Exception as error:
-            self._fail(job, error, stage, said)
+        """Draw the next tokens of one answer, as long as they are those of the draft, and say what follows.
+
+        A row's logits are worth something only if every token before it is the answer's.
+        """
+        job = self._jobs.get(piece.sequence.owner.id)
+        if not isinstance(job, GenerationJob):
             return
-        self._counts["new_tokens"] += 1
-        said += [(job.id, event) for event in events]
+        answer = job.answers[piece.sequence]
+        accepted, events = 0, list[Event]()
+        for row, drafted in zip(rows, (*piece.drafted, None), strict=True):
+            token, failure = self._next_token(answer, row, events)
+            if failure is not None or answer.finished is not None or token != drafted:
+                break
+            accepted += 1
+        said += [(job.id, event) for event in joined(events)]
+        if failure is not None:
+            self._fail(job, *failure, said)
+            return
+        if self._speculation is not None:
+            self.scheduler.settle(piece, accepted)
+            self._counts["drafted"] += len(piece.drafted)
+            self._counts["accepted"] += accepted
         if answer.finished is not None:
-            self.scheduler.remove(sequence)
+            self._remove(piece.sequence)
             closing = job.closing()
             if closing:
                 self._counts["finished"] += 1
                 self._forget(job)
             said += [(job.id, event) for event in closing]
+
+    def _next_token(
+        self, answer: Answer, row: NDArray[np.float32] | Exception, events: list[Event]
+    ) -> tuple[int | None, tuple[Exception, str] | None]:
+        """Draw a token, if one is wanted, and make it part of the answer. Or what went wrong, and where."""
+        token, stage = None, "sample"
+        try:
+            if isinstance(row, Exception):
+                raise row
+            if answer.request.max_new_tokens == 0:
+                events += answer.finish("length")
+            else:
+                token = answer.draw(row)
+                stage = "detokenise"
+                events += answer.take(token)
+        except Exception as error:
+            return None, (error, stage)
+        self._counts["new_tokens"] += 1
+        return token, None
 
     # Opening and ending of requests.
 
@@ -375,11 +427,17 @@ class EngineCore:
     def _forget(self, job: Job) -> None:
         """Drop a job whose end has been said, with all it still holds."""
         for sequence in job.sequences:
-            self.scheduler.remove(sequence)
+            self._remove(sequence)
         if job.adapter is not None:
             self._adapters.release(job.adapter)
         self._compiling.pop(job.id, None)
         del self._jobs[job.id]
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Take a sequence out that has ended."""
+        self.scheduler.remove(sequence)
+        if self._speculation is not None:
+            self._speculation.forget(sequence)
 
     def _fail(self, job: Job, error: Exception, stage: str, said: Said) -> None:
         """End a request with an error. One of the device itself is nobody's fault: it ends the engine."""

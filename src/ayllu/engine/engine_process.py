@@ -7,18 +7,16 @@ keeps the last lines it printed, which say most when it ends unasked.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import queue
 import signal
-import socket
 import subprocess
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
 from ayllu.engine.channel import Channel, ChannelError, Packed
+from ayllu.engine.launch import Launched
 from ayllu.engine.messages import FromEngine, Shutdown, from_engine, to_engine
 from ayllu.errors import clip
 
@@ -37,32 +35,18 @@ class EngineProcess:
 
     def __init__(
         self,
-        command: Sequence[str],
+        command: Sequence[str] | Launched,
         on_message: Callable[[EngineProcess, FromEngine], None],
         on_end: Callable[[], None],
     ) -> None:
-        """Raises OSError when the process cannot be started."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with ExitStack() as on_failure, theirs:
-            on_failure.callback(ours.close)
-            # A program whose standard input is closed gets sockets with the numbers of the standard streams.
-            descriptor = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 3)
-            try:
-                self._popen = subprocess.Popen(
-                    [*command, str(descriptor)],
-                    pass_fds=[descriptor],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                )
-            finally:
-                os.close(descriptor)
-            on_failure.pop_all()
+        """`command` starts it, unless it is under way already. Raises OSError when it cannot be started."""
+        launched = (command if isinstance(command, Launched) else Launched(command)).take()
+        self._popen = launched.popen
         self.process_id = self._popen.pid
         self.was_ready = False
         self.messages_heard = 0
         self.last_words = ""
-        self._channel = Channel(ours)
+        self._channel = Channel(launched.socket)
         self._on_message = on_message
         self._on_end = on_end
         self._ended = threading.Event()

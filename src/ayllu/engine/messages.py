@@ -1,6 +1,6 @@
 """What the two processes of an engine say to each other: frozen dataclasses, told apart by `kind`.
 
-`channel` carries them as JSON with arrays behind it and checks every field when they arrive. Nothing that
+`codec` writes them as JSON with arrays behind it and checks every field when they arrive. Nothing that
 arrives is ever more than data.
 """
 
@@ -11,13 +11,12 @@ import os
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
-from pydantic import Field
 
 from ayllu import errors
-from ayllu.engine.channel import Codec, Float32Array, Int32Array
+from ayllu.engine.codec import Codec, Float32Array, Int32Array
 from ayllu.engine.events import AnswerFinished, Done, Event, Failed, PromptScored, Started, TextDelta
 from ayllu.engine.options import EngineOptions
 from ayllu.engine.prepared import CoreFacts, PreparedEmbedding, PreparedImage, PreparedRequest
@@ -68,20 +67,34 @@ def _plain(value: object) -> str | int | float | None:
 
 @dataclass(frozen=True)
 class Open:
-    """The first message: the model to open, and how."""
+    """The first message: the model to open, and how. Make one with `of`, read it with `model_path` and
+    `options`."""
 
     path: bytes
-    options: EngineOptions
+    options_without_paths: EngineOptions
+    draft_path: bytes | None = None
     kind: Literal["open"] = "open"
 
     @classmethod
     def of(cls, path: Path, options: EngineOptions) -> Open:
         # Absolute, so that a restart after a change of folder opens the same; bytes, as names on disk are.
-        return cls(os.fsencode(path.absolute()), options)
+        draft = options.draft_model
+        # A draft model alone says that it is to be used.
+        return cls(
+            os.fsencode(path.absolute()),
+            dataclasses.replace(options, speculate=None, draft_model=None) if draft else options,
+            None if draft is None else os.fsencode(draft.absolute()),
+        )
 
     @property
     def model_path(self) -> Path:
         return Path(os.fsdecode(self.path))
+
+    @property
+    def options(self) -> EngineOptions:
+        if self.draft_path is None:
+            return self.options_without_paths
+        return dataclasses.replace(self.options_without_paths, draft_model=Path(os.fsdecode(self.draft_path)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,10 +345,10 @@ FromEngine: TypeAlias = (
 @cache
 def to_engine() -> Codec[ToEngine]:
     """The codec of messages to the engine's process."""
-    return Codec(Annotated[ToEngine, Field(discriminator="kind")])
+    return Codec(ToEngine)
 
 
 @cache
 def from_engine() -> Codec[FromEngine]:
     """The codec of messages from it."""
-    return Codec(Annotated[FromEngine, Field(discriminator="kind")])
+    return Codec(FromEngine)

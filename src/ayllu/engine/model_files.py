@@ -17,8 +17,6 @@ from ayllu.folder_files import member_path
 from ayllu.json_file import read_json_object
 from ayllu.model.config import ModelConfig
 from ayllu.weights.checkpoint import Checkpoint, open_checkpoint
-from ayllu.weights.encoder import is_encoder_folder
-from ayllu.weights.hf_config import config_notes
 
 if TYPE_CHECKING:
     from ayllu.engine.embedding import EmbeddingTokenizer
@@ -52,6 +50,8 @@ class ModelFiles:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know of the model, one line each."""
+        from ayllu.weights.hf_config import config_notes
+
         return tuple(config_notes(self.checkpoint.config))
 
 
@@ -68,7 +68,7 @@ def open_model_files(path: Path, *, context: int | None = None) -> ModelFiles | 
 
     Raises ModelFileError, UnsupportedError (a format that could run code), UsageError or TemplateError.
     """
-    if is_encoder_folder(path):
+    if is_encoder(path):
         from ayllu.engine.embedding import open_embedding_tokenizer
 
         return EncoderFiles(path, open_embedding_tokenizer(path, context=context))
@@ -83,10 +83,21 @@ def open_model_files(path: Path, *, context: int | None = None) -> ModelFiles | 
     return ModelFiles(checkpoint, tokenizer, chat_format)
 
 
-def tokenizer_for(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer that came with the weights."""
+def is_encoder(path: Path) -> bool:
+    """Whether `path` is a folder with a model that makes vectors of texts."""
+    if not path.is_dir():
+        return False
+    # Imported here, as a GGUF file needs nothing of what reads folders.
+    from ayllu.weights.encoder import is_encoder_folder
+
+    return is_encoder_folder(path)
+
+
+def tokenizer_for(checkpoint: Checkpoint, *, deferred: bool = False) -> Tokenizer:
+    """The tokenizer that came with the weights. deferred: for a process that mostly only decodes, see
+    `tokenizer_from_gguf`; it matters for GGUF files alone."""
     if checkpoint.format == "gguf":
-        tokenizer = tokenizer_from_gguf(checkpoint.metadata, checkpoint.path)
+        tokenizer = tokenizer_from_gguf(checkpoint.metadata, checkpoint.path, deferred=deferred)
     else:
         tokenizer = load_tokenizer(checkpoint.path)
     return tokenizer.with_embedding_rows(checkpoint.config.vocab_size)

@@ -6,7 +6,6 @@ what the other one says. A crash over there ends what was open with a typed erro
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 import time
 import weakref
@@ -19,6 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ayllu.engine.events import Event
+from ayllu.engine.launch import WORKER_COMMAND, Launched
 from ayllu.engine.messages import Embed, GetStats, LoadAdapter, Open, UnloadAdapter
 from ayllu.engine.model_files import EncoderFiles, ModelFiles, open_model_files
 from ayllu.engine.open_requests import OpenRequests
@@ -27,8 +27,8 @@ from ayllu.engine.preparation import EncoderPreparation, Preparation
 from ayllu.engine.prepared import CoreFacts
 from ayllu.engine.protocol import Embeddings, EngineInfo, EngineStats, Stream
 from ayllu.engine.requests import EmbedRequest, GenerateRequest
-from ayllu.engine.supervisor import WORKER_COMMAND, RestartPolicy, Status, Supervisor
-from ayllu.errors import MissingExtraError, UsageError
+from ayllu.engine.supervisor import RestartPolicy, Status, Supervisor
+from ayllu.errors import UsageError
 from ayllu.progress import SILENT, Progress
 
 
@@ -161,19 +161,21 @@ def open_engine(
     *,
     worker_command: Sequence[str] = WORKER_COMMAND,
     restart_policy: RestartPolicy | None = None,
+    launched: Launched | None = None,
 ) -> NativeEngine:
     """Open a .gguf file or a model folder, and wait until it is ready. `progress` shows the loading.
 
     model_name: what to call it (default: the file's or folder's name). worker_command: what starts its
-    process. Raises ModelFileError, UnsupportedError, NoSpaceError, UsageError, MissingExtraError (torch), or
-    EngineCrashedError when the process ends while it loads.
+    process. launched: that process, where it is under way already. Raises ModelFileError, UnsupportedError,
+    NoSpaceError, UsageError, MissingExtraError (torch, where the model needs it), or EngineCrashedError when
+    the process ends while it loads.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise MissingExtraError("Running a model with torch", "torch")
     options = options or EngineOptions()
     requests = OpenRequests(options)
-    # First of all, as importing torch over there takes longer than everything that is to be opened here.
-    supervisor = Supervisor(Open.of(path, options), requests, command=worker_command, policy=restart_policy)
+    # First of all, as loading over there takes longer than everything that is to be opened here.
+    supervisor = Supervisor(
+        Open.of(path, options), requests, command=worker_command, policy=restart_policy, launched=launched
+    )
     try:
         files = open_model_files(path, context=options.context)
         facts = supervisor.wait_until_ready(progress)

@@ -1,30 +1,79 @@
-"""LoRA adapters on the native runner."""
+"""LoRA adapters at work in native code: their matrices lie packed beside the decoder's, in float32.
+
+Pieces of a step name their adapter; a row's change is computed from that row alone, so batching changes no
+answer. Needs no torch.
+"""
 
 from __future__ import annotations
 
-from ayllu.errors import UnknownModelError, UnsupportedError, clip
-from ayllu.kernels.native.decoder import NativeDecoder
-from ayllu.weights.adapter import Adapter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ayllu.engine.adapter_set import MAX_ADAPTERS, MAX_LOADED_BYTES, LoadedAdapters
+from ayllu.kernels.native.decoder import PROJECTIONS, LowRankChange, NativeDecoder
+from ayllu.kernels.native.library import pack_matrix, packed_bytes
+from ayllu.model.config import ModelConfig
+from ayllu.weights.adapter import Adapter, LowRank
+from ayllu.weights.tensors import Floats
 
 
-class NativeAdapters:
-    """Adapters loaded beside a native decoder."""
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """What pieces name, and the matrices behind it, which must live as long."""
 
-    def __init__(self, decoder: NativeDecoder) -> None:
+    number: int
+    changes: dict[tuple[int, str], LowRankChange]
+
+
+class NativeAdapters(LoadedAdapters[_Placed]):
+    """The adapters loaded beside one native decoder."""
+
+    def __init__(
+        self,
+        decoder: NativeDecoder,
+        config: ModelConfig,
+        *,
+        max_adapters: int = MAX_ADAPTERS,
+        max_bytes: int = MAX_LOADED_BYTES,
+    ) -> None:
+        super().__init__(config, max_adapters=max_adapters, max_bytes=max_bytes)
         self._decoder = decoder
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return ()
+    def number(self, identity: str | None) -> int | None:
+        """What pieces of a step call the version that `acquire` named."""
+        return None if identity is None else self.placed(identity).number
 
-    def load(self, name: str, adapter: Adapter) -> str:
-        raise UnsupportedError("The native runner takes no adapters yet.", "Use --runner torch.")
+    def _placed_bytes(self, adapter: Adapter) -> int:
+        return sum(
+            packed_bytes("F32", *matrix.shape)
+            for change in adapter.modules.values()
+            for matrix in (change.a, change.b)
+        )
 
-    def unload(self, name: str) -> None:
-        raise UnknownModelError(f"There is no adapter {clip(name)}.", "Load it first.")
+    def _place(self, adapter: Adapter) -> _Placed:
+        changes = {place: change for place, change in _changes(adapter)}
+        return _Placed(self._decoder.add_adapter(changes), changes)
 
-    def acquire(self, name: str) -> str:
-        raise UnknownModelError(f"There is no adapter {clip(name)}.", "Load it first.")
+    def _drop(self, placed: _Placed) -> None:
+        self._decoder.remove_adapter(placed.number)
 
-    def release(self, identity: str) -> None:
-        raise AssertionError(identity)
+
+def _changes(adapter: Adapter) -> Iterator[tuple[tuple[int, str], LowRankChange]]:
+    """(layer, projection) and what is added there; a shared expert's projections have a dense layer's names."""
+    for path, change in adapter.modules.items():
+        _, layer, *rest = path.split(".")
+        name = ".".join(rest) if rest[0] == "attention" else rest[-1]
+        assert name in PROJECTIONS, path
+        yield (int(layer), name), _packed(change)
+
+
+def _packed(change: LowRank) -> LowRankChange:
+    a = np.ascontiguousarray(change.a, np.float32)
+    b: Floats = change.b.astype(np.float32) * np.float32(change.scale)
+    rank = len(a)
+    return LowRankChange(
+        pack_matrix("F32", a.view(np.uint8), a.shape[1]),
+        pack_matrix("F32", np.ascontiguousarray(b).view(np.uint8), rank),
+    )

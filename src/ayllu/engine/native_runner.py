@@ -6,14 +6,18 @@ the cache and drafted tokens change no answer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ayllu.engine.image_places import image_places
 from ayllu.engine.layer_groups import LayerGroup
+from ayllu.engine.native_adapters import NativeAdapters
 from ayllu.engine.packed_weights import PackedWeights, head_name
+from ayllu.engine.prepared import PreparedImage
 from ayllu.engine.step_runner import RunnerPiece
 from ayllu.kernels.native.decoder import DecoderShape, LayerKind, NativeDecoder, NativePiece
 from ayllu.kernels.native.library import Floats
@@ -21,13 +25,33 @@ from ayllu.model.config import ModelConfig
 from ayllu.model.rope_frequencies import rope_frequencies
 
 
+class ImageRows(Protocol):
+    """What computes the rows of images (`ayllu.engine.native_images.TowerRows` is one)."""
+
+    def rows(self, image: PreparedImage) -> Floats:
+        """float32 [tiles * tokens_per_tile, D]"""
+
+
 class NativeRunner:
-    """One native decoder with its cache. Not for use by two threads."""
+    """One native decoder with its cache and adapters. Not for use by two threads.
+
+    open_images: makes what reads images when the first one comes; None for a model that reads none.
+    """
 
     batch_invariant = True
 
-    def __init__(self, decoder: NativeDecoder) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        decoder: NativeDecoder,
+        adapters: NativeAdapters,
+        open_images: Callable[[], ImageRows] | None = None,
+    ) -> None:
         self.decoder = decoder
+        self.adapters = adapters
+        self._vision = config.vision
+        self._open_images = open_images
+        self._images: ImageRows | None = None
 
     def forward(self, pieces: AbstractSequence[RunnerPiece]) -> list[Floats]:
         """Hidden states float32 [rows, D] of each piece."""
@@ -37,6 +61,8 @@ class NativeRunner:
                     np.array(piece.tokens, np.int32),
                     piece.start,
                     [np.array(table, np.int32) for table in piece.tables],
+                    adapter=self.adapters.number(piece.adapter),
+                    given=self._given(piece) if piece.images else None,
                 )
                 for piece in pieces
             ]
@@ -46,6 +72,16 @@ class NativeRunner:
             found.append(hidden[row : row + piece.rows])
             row += piece.rows
         return found
+
+    def _given(self, piece: RunnerPiece) -> dict[int, Floats]:
+        """Image rows of a piece, by their places in it."""
+        assert self._vision is not None and self._open_images is not None, "this model reads no images"
+        self._images = self._images or self._open_images()
+        given = {}
+        for image, rows, places in image_places(piece, self._vision):
+            computed = self._images.rows(image)
+            given.update((place, computed[row]) for row, place in zip(rows, places, strict=True))
+        return given
 
     def logits(self, rows: AbstractSequence[tuple[Floats, int]]) -> Floats:
         """Next-token logits [len(rows), vocab_size] of rows of pieces' hidden states."""
@@ -106,9 +142,7 @@ def native_decoder(
     decoder.set_head(head)
     embedding = weights.embedding
     if embedding is not None:
-        decoder.set_embedding_rows(
-            embedding.encoding, embedding.address, embedding.stride, embedding.owner
-        )
+        decoder.set_embedding_rows(embedding.encoding, embedding.address, embedding.stride, embedding.owner)
     else:
         decoder.set_embedding(weights.matrices["embed_tokens.weight"])
     return decoder

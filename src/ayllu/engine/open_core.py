@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ayllu import process
+from ayllu.engine.block_cache import BlockCache
 from ayllu.engine.core import EngineCore
 from ayllu.engine.encoder_core import EncoderCore
-from ayllu.engine.memory_plan import MemoryPlan, plan_memory
+from ayllu.engine.memory_plan import MemoryPlan
 from ayllu.engine.model_files import tokenizer_for
+from ayllu.engine.opened import OpenedRunner
 from ayllu.engine.options import EngineOptions
 from ayllu.engine.prepared import CoreFacts
-from ayllu.machine_memory import available_memory
+from ayllu.engine.runner_choice import chooses_native
+from ayllu.engine.scheduler import Scheduler
+from ayllu.engine.speculation import speculation_for
+from ayllu.engine.speculation_draft import DraftModel, require_same_vocabulary
 from ayllu.progress import SILENT, Progress
 from ayllu.weights.checkpoint import Checkpoint, open_checkpoint
 from ayllu.weights.encoder import is_encoder_folder
-
-UNKNOWN_MEMORY = 1 << 50
-"""Where the system does not tell what is free, nothing is refused."""
 
 
 def open_core(
@@ -37,33 +36,8 @@ def open_core(
         )
         return EncoderCore(model, waiting=options.waiting)
     checkpoint = open_checkpoint(path)
-    with ThreadPoolExecutor(1) as pool:
-        # Importing torch takes longer than building a large vocabulary, and neither needs the other.
-        importing = pool.submit(importlib.import_module, "ayllu.weights.load")
-        tokenizer = tokenizer_for(checkpoint)
-        importing.result()
-
-    from ayllu.engine.adapters import AdapterSet
-    from ayllu.engine.block_cache import BlockCache
-    from ayllu.engine.paged_memory import PagedMemory
-    from ayllu.engine.runner import Runner
-    from ayllu.engine.scheduler import Scheduler
-    from ayllu.weights.load import choose_device, choose_dtype, load_decoder, memory_bytes
-
-    device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
-    plan = plan_memory(
-        checkpoint.config,
-        weight_bytes=memory_bytes(checkpoint, device, dtype),
-        available_bytes=_available_on(str(device)),
-        bytes_per_value=dtype.itemsize,
-        options=options,
-        model_name=model_name or path.name,
-        expands_heads=device.type != "cpu",
-    )
-    before = process.resident_bytes()
-    decoder = load_decoder(checkpoint, device=device, dtype=dtype, progress=progress)
-    load_peak = process.peak_resident_bytes() - before
+    opened = open_runner(checkpoint, options, progress, model_name or path.name)
+    plan = opened.plan
     step_tokens = max(options.step_tokens, plan.slots)
     piece = _fixed_piece(step_tokens, plan) if options.deterministic else None
     cache = BlockCache(
@@ -73,22 +47,32 @@ def open_core(
         remembers=options.prefix_cache,
         alignment=piece or 1,
     )
-    memory = PagedMemory(
-        checkpoint.config, plan.groups, plan.block_counts, plan.block_tokens, dtype=dtype, device=device
-    )
-    adapters = AdapterSet(decoder)
     return EngineCore(
         checkpoint.config,
-        tokenizer,
-        Runner(decoder, memory, adapters, image_cache_bytes=plan.image_cache_bytes),
+        tokenizer_for(checkpoint),
+        opened.runner,
         Scheduler(
             cache, slots=plan.slots, step_tokens=step_tokens, waiting=options.waiting, fixed_piece=piece
         ),
-        adapters,
-        facts=_facts(checkpoint, plan, str(device), str(dtype).removeprefix("torch."), load_peak),
+        opened.adapters,
+        facts=_facts(checkpoint, opened),
         model_identity=f"{path.resolve()}:{path.stat().st_mtime_ns}",
         deterministic=options.deterministic,
+        speculation=speculation_for(options, opened.runner, None),
     )
+
+
+def open_runner(
+    checkpoint: Checkpoint, options: EngineOptions, progress: Progress, model_name: str
+) -> OpenedRunner:
+    """The runner that computes this model under these options, loaded."""
+    if chooses_native(checkpoint, options):
+        from ayllu.engine.open_native import open_native
+
+        return open_native(checkpoint, options, progress, model_name)
+    from ayllu.engine.open_torch import open_torch
+
+    return open_torch(checkpoint, options, progress, model_name)
 
 
 def _fixed_piece(step_tokens: int, plan: MemoryPlan) -> int:
@@ -98,28 +82,18 @@ def _fixed_piece(step_tokens: int, plan: MemoryPlan) -> int:
     return piece - piece % plan.block_tokens if piece >= plan.block_tokens else piece
 
 
-def _available_on(device: str) -> int:
-    if device.startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = available_memory()
-    return UNKNOWN_MEMORY if free is None else free
-
-
-def _facts(
-    checkpoint: Checkpoint, plan: MemoryPlan, device: str, dtype: str, load_peak_bytes: int
-) -> CoreFacts:
+def _facts(checkpoint: Checkpoint, opened: OpenedRunner) -> CoreFacts:
+    plan = opened.plan
     return CoreFacts(
         context=plan.context,
         slots=plan.slots,
-        reads_images=checkpoint.config.vision is not None,
+        reads_images=opened.reads_images,
         vocab_size=checkpoint.config.vocab_size,
         facts={
-            "device": device,
-            "dtype": dtype,
+            "device": opened.device,
+            "dtype": opened.dtype,
             "memory": "; ".join(plan.lines()),
-            "load_peak_bytes": load_peak_bytes,
+            "load_peak_bytes": opened.load_peak_bytes,
             **plan.facts(),
         },
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Container
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,26 @@ class _OpenRequest:
     unfinished: int
 
 
+class _Question:
+    """Something asked, to be answered once. (A `Future` would have every program load `logging`.)"""
+
+    def __init__(self) -> None:
+        self._answered = threading.Event()
+        self._answer: object = None
+
+    def answer(self, answer: object) -> None:
+        """Give the answer; an AylluError is raised where it is waited for."""
+        self._answer = answer
+        self._answered.set()
+
+    def wait(self) -> Any:
+        """Wait for the answer. Raises it if it is an error."""
+        self._answered.wait()
+        if isinstance(self._answer, AylluError):
+            raise self._answer
+        return self._answer
+
+
 class OpenRequests:
     """The `Listener` of a native engine's supervisor. Every method may be called from any thread; only `ask`
     waits. notes: what a person should know of restarts."""
@@ -68,7 +87,7 @@ class OpenRequests:
         self._unavailable: EngineUnavailableError | None = None
         self._closed = False
         self._requests: dict[str, _OpenRequest] = {}
-        self._questions: dict[str | int, Future[Any]] = {}
+        self._questions: dict[str | int, _Question] = {}
         self._backlog: dict[str | int, Packed] = {}
         # Given up here, while the process has not said its last word of them: their ids are not free yet.
         self._ending: set[str | int] = set()
@@ -95,14 +114,14 @@ class OpenRequests:
 
     def ask(self, key: str | int, message: ToEngine) -> Any:
         """Send a message and wait for what answers it. Raises its error, or that of the engine's end."""
-        packed, answer = _packed(message), Future[Any]()
+        packed, question = _packed(message), _Question()
         with self._lock:
             self._require_room(0, packed.nbytes)
             self._require_new(key)
-            self._questions[key] = answer
+            self._questions[key] = question
             self._send(key, packed)
         try:
-            return answer.result()
+            return question.wait()
         finally:
             # Left early, by Ctrl-C, it is a question that nobody asks any more.
             with self._lock:
@@ -286,12 +305,8 @@ class OpenRequests:
         with self._lock:
             question = self._questions.pop(key, None)
             self._ending.discard(key)
-        if question is None:
-            return
-        if isinstance(answer, AylluError):
-            question.set_exception(answer)
-        else:
-            question.set_result(answer)
+        if question is not None:
+            question.answer(answer)
 
     def _loaded_again(self, ticket: int, error: AylluError | None) -> None:
         with self._lock:
@@ -300,18 +315,18 @@ class OpenRequests:
                 self._adapters.pop(name, None)
                 self.notes += (f"The adapter {name} is lost since a restart: {error.problem}",)
 
-    def _take_all_but(self, kept: Container[str | int]) -> list[_OpenRequest | Future[Any]]:
+    def _take_all_but(self, kept: Container[str | int]) -> list[_OpenRequest | _Question]:
         requests = [self._requests.pop(key) for key in list(self._requests) if key not in kept]
         questions = [self._questions.pop(key) for key in list(self._questions) if key not in kept]
         return [*requests, *questions]
 
 
 def _fail(
-    ended: list[_OpenRequest | Future[Any]], error: EngineCrashedError | EngineUnavailableError
+    ended: list[_OpenRequest | _Question], error: EngineCrashedError | EngineUnavailableError
 ) -> None:
     for one in ended:
-        if isinstance(one, Future):
-            one.set_exception(_again(error))
+        if isinstance(one, _Question):
+            one.answer(_again(error))
         else:
             _put(one.stream, Failed(_again(error)))
 

@@ -1,9 +1,11 @@
 """Keys and values in blocks: where a step writes them, and the attention that reads them back.
 
-`PagedMemory` is the storage, one pair of tensors per layer. `PagedAttention` is the decoder's `attend` for
-one step over packed pieces of many sequences. Plain torch; its slow twin is `sequence_cache`.
+`PagedMemory` is the storage, one pair of tensors per layer. `attend_for` gives the decoder's `attend` for one
+step over packed pieces of many sequences: `PagedAttention`, in plain torch, or `KernelAttention`, which reads
+the blocks where they lie. The slow twin of both is `sequence_cache`.
 
-Legend: S rows of one piece, B pieces of one row, T keys, H query heads, G key-value heads, d head_dim.
+Legend: R rows of the step, S rows of one piece, B pieces of one row, T keys, H query heads, G key-value
+heads, d head_dim.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ayllu.engine.layer_groups import LayerGroup
-from ayllu.model.attention import attention, visible
+from ayllu.kernels.reference.paged_attention import Pieces
+from ayllu.kernels.registry import Kernels, kernels_for
+from ayllu.model.attention import Attend, attention, visible
 from ayllu.model.config import ModelConfig
 
 TILE_TOKENS = 4096
@@ -138,8 +142,16 @@ def _padded(bucket: list[tuple[int, NDArray[np.int64]]], device: torch.device) -
     return _Singles(rows, torch.from_numpy(padded).to(device), torch.from_numpy(seen).to(device))
 
 
+def attend_for(memory: PagedMemory, pieces: AbstractSequence[PagedPiece]) -> Attend:
+    """The `Attend` of one step that is fastest on the memory's device."""
+    kernels = kernels_for(memory.device)
+    if kernels.name == "reference":
+        return PagedAttention(memory, pieces)
+    return KernelAttention(memory, kernel_steps(memory, pieces), kernels)
+
+
 class PagedAttention:
-    """The `Attend` of one step. Writes the step's keys and values into the memory, then attends."""
+    """The `Attend` of one step in plain torch. Writes the step's keys and values, then attends."""
 
     def __init__(self, memory: PagedMemory, pieces: AbstractSequence[PagedPiece]) -> None:
         self._memory = memory
@@ -206,3 +218,90 @@ def tiled_attention(
         best = higher
     out = (summed / total).view(groups, heads // groups, rows, width).permute(2, 0, 1, 3)
     return out.reshape(rows, heads, width).to(q_SHd.dtype)
+
+
+@dataclass(frozen=True)
+class KernelStep:
+    """What one kind of layer needs of a step, on the device: the slots [R] its rows are written to, and the
+    pieces that one launch each computes."""
+
+    write: Tensor
+    launches: tuple[Pieces, ...]
+
+
+class KernelAttention:
+    """The `Attend` of one step through `ayllu.kernels`: keys and values stay in their blocks."""
+
+    def __init__(self, memory: PagedMemory, steps: AbstractSequence[KernelStep], kernels: Kernels) -> None:
+        self._memory, self._steps, self._kernels = memory, steps, kernels
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self._memory.layers[layer]
+        step = self._steps[self._memory.group_of[layer]]
+        keys.index_copy_(0, step.write, k)
+        values.index_copy_(0, step.write, v)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for pieces in step.launches:
+            self._kernels.paged_attention(q, keys, values, pieces, self._memory.block_tokens, out)
+        return out
+
+
+def kernel_steps(memory: PagedMemory, pieces: AbstractSequence[PagedPiece]) -> list[KernelStep]:
+    """The step of every layer group. Single rows and longer pieces want other tiles: two launches."""
+    first_rows = np.cumsum([0, *(piece.rows for piece in pieces)])
+    single = [index for index, piece in enumerate(pieces) if piece.rows == 1]
+    longer = [index for index, piece in enumerate(pieces) if piece.rows > 1]
+    parcel = _Parcel()
+    planned = []
+    for group, kind in enumerate(memory.groups):
+        begins = [0 if kind.chunk is None else piece.start // kind.chunk * kind.chunk for piece in pieces]
+        write = [
+            written_slots(piece.tables[group], piece.start - begin, piece.stop - begin, memory.block_tokens)
+            for piece, begin in zip(pieces, begins, strict=True)
+        ]
+        held = np.array([piece.stop - begin for piece, begin in zip(pieces, begins, strict=True)])
+        launches = []
+        for chosen in (single, longer):
+            if chosen:
+                rows = np.array([pieces[index].rows for index in chosen])
+                blocks = -(-held[chosen] // memory.block_tokens)
+                tables = np.zeros((len(chosen), blocks.max()), np.int64)
+                for line, index, count in zip(tables, chosen, blocks, strict=True):
+                    line[:count] = pieces[index].tables[group][:count]
+                numbers = [parcel.add(array) for array in (first_rows[chosen], rows, held[chosen], tables)]
+                launches.append((numbers, int(rows.max()), int(held[chosen].max())))
+        planned.append((parcel.add(np.concatenate(write)), launches))
+    sent = parcel.sent_to(memory.device)
+    return [
+        KernelStep(
+            sent[write],
+            tuple(
+                Pieces(sent[first], sent[rows], sent[held], sent[tables], most_rows, most_held)
+                for (first, rows, held, tables), most_rows, most_held in launches
+            ),
+        )
+        for write, launches in planned
+    ]
+
+
+def written_slots(table: NDArray[np.int64], first: int, stop: int, block_tokens: int) -> NDArray[np.int64]:
+    """The slots of tokens [first, stop) of a block table."""
+    held = np.arange(first, stop)
+    return table[held // block_tokens] * block_tokens + held % block_tokens
+
+
+class _Parcel:
+    """Arrays of whole numbers that travel to the device together: one copy costs as much as ten."""
+
+    def __init__(self) -> None:
+        self._arrays: list[NDArray[np.int64]] = []
+
+    def add(self, array: NDArray[np.int64]) -> int:
+        """The number under which the array will be found."""
+        self._arrays.append(array.astype(np.int64, copy=False))
+        return len(self._arrays) - 1
+
+    def sent_to(self, device: torch.device) -> list[Tensor]:
+        flat = torch.from_numpy(np.concatenate([array.ravel() for array in self._arrays])).to(device)
+        parts = flat.split([array.size for array in self._arrays])
+        return [part.view(array.shape) for part, array in zip(parts, self._arrays, strict=True)]

@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ayllu.chat import toolcalls
 from ayllu.chat.messages import ImagePart, ToolCall
-from ayllu.chat.toolcalls import ToolCallParser
 from ayllu.engine.events import AnswerFinished, Event, TextDelta, ToolCallMade
 from ayllu.engine.model_files import EncoderFiles, ModelFiles
 from ayllu.engine.parameters import require_range
@@ -35,6 +33,8 @@ from ayllu.engine.requests import (
 from ayllu.errors import AylluError, ContextOverflowError, RequestFailedError, UsageError, clip
 
 if TYPE_CHECKING:
+    from ayllu.chat import toolcalls
+    from ayllu.chat.toolcalls import ToolCallParser
     from ayllu.engine.grammar_check import GrammarChecker
 
 MAX_ID_CHARACTERS = 200
@@ -293,6 +293,8 @@ class _PublicAnswer:
         self, index: int, found: Sequence[toolcalls.Event], delta: TextDelta | None = None
     ) -> list[Event]:
         """Parsed events as ours; the tokens of `delta`, whose text may be held back, come with the first."""
+        from ayllu.chat import toolcalls
+
         said: list[Event] = []
         if delta is not None and delta.token_ids:
             said.append(dataclasses.replace(delta, text=""))

@@ -88,7 +88,8 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts at one moment, and totals since the engine started. Block counts are per kind of layer."""
+    """Counts at one moment, and totals since the engine started. Block counts are per kind of layer. drafted:
+    tokens that were computed before they were drawn; accepted: those of them that were then drawn."""
 
     waiting: int = 0
     running: int = 0
@@ -101,6 +102,8 @@ class EngineStats:
     preempted: int = 0
     steps: int = 0
     retried_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
     restarts: int = 0
     blocks_total: dict[str, int] = field(default_factory=dict)
     blocks_free: dict[str, int] = field(default_factory=dict)

@@ -6,7 +6,7 @@ Every list and number has a stated limit, so that a request's cost is known befo
 
 from __future__ import annotations
 
-import uuid
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -133,7 +133,7 @@ class ToolUse:
 
 def new_request_id() -> str:
     """An id no other request has."""
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()
 
 
 @dataclass(frozen=True, kw_only=True)

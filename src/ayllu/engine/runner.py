@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ayllu.engine.adapters import AdapterSet
-from ayllu.engine.paged_memory import PagedAttention, PagedMemory, PagedPiece
+from ayllu.engine.cuda_graphs import RecordedDecoding, recorded_decoding
+from ayllu.engine.paged_memory import PagedMemory, PagedPiece, attend_for
 from ayllu.engine.prepared import PreparedImage
 from ayllu.engine.step_runner import RunnerPiece
 from ayllu.model.decoder import Decoder
@@ -25,19 +26,31 @@ TILES_TOGETHER = 4
 
 
 class Runner:
-    """One decoder with its cache memory, adapters and image features. Not for use by two threads."""
+    """One decoder with its cache memory, adapters and image features. Not for use by two threads.
+
+    decoding: what replays steps of single tokens (None: what suits the device, which is nothing on a CPU).
+    """
 
     def __init__(
-        self, decoder: Decoder, memory: PagedMemory, adapters: AdapterSet, *, image_cache_bytes: int
+        self,
+        decoder: Decoder,
+        memory: PagedMemory,
+        adapters: AdapterSet,
+        *,
+        image_cache_bytes: int,
+        decoding: RecordedDecoding | None = None,
     ) -> None:
         self.decoder = decoder
         self.memory = memory
         self.adapters = adapters
         self._features = FeatureCache(decoder, image_cache_bytes)
+        self._decoding = decoding or recorded_decoding(decoder, memory)
 
     @torch.inference_mode()
     def forward(self, pieces: AbstractSequence[RunnerPiece]) -> list[Tensor]:
         """Hidden states [rows, D] of each piece."""
+        if self._decoding is not None and self._decoding.takes(pieces):
+            return self._decoding.forward(pieces)
         device = self.memory.device
         ids = torch.tensor([token for piece in pieces for token in piece.tokens], device=device)
         embedded = self.decoder.embed(ids)
@@ -50,7 +63,7 @@ class Runner:
             segments.append((row, row + piece.rows, piece.adapter))
             positions.extend(range(piece.start, piece.start + piece.rows))
             row += piece.rows
-        attend = PagedAttention(
+        attend = attend_for(
             self.memory,
             [
                 PagedPiece(

@@ -44,9 +44,6 @@ def _against_native(checkpoint: Checkpoint, options: EngineOptions) -> str | Non
         return f"it computes on the CPU, not on {options.device}"
     if options.dtype != "auto":
         return f"it computes in the file's precision, not in {options.dtype}"
-    if options.runner == "auto" and torch_is_installed():
-        if options.device == "auto" and _GPU_DRIVER.exists():
-            return "there is a GPU"
-        if checkpoint.config.vision is not None:
-            return "images need torch"
+    if options.runner == "auto" and options.device == "auto" and torch_is_installed() and _GPU_DRIVER.exists():
+        return "there is a GPU"
     return unpackable(checkpoint)

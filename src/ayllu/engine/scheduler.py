@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ayllu.engine.block_cache import BlockCache
 from ayllu.engine.sequence import Sequence
@@ -27,16 +27,28 @@ FEW_TENANTS = 1024
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens [start, stop) of a sequence, to be computed in this step."""
+    """Tokens [start, stop) of a sequence, to be computed in this step, and behind them those of a draft: they
+    may turn out not to be its own."""
 
     sequence: Sequence
     start: int
     stop: int
+    drafted: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Tokens that are computed."""
+        return self.stop - self.start + len(self.drafted)
 
     @property
     def completes(self) -> bool:
         """Whether the next token can be drawn after it."""
         return self.stop == len(self.sequence.tokens)
+
+    @property
+    def continues(self) -> bool:
+        """Whether it is of an answer under way, and the next token can be drawn after it."""
+        return self.start >= self.sequence.prompt_tokens and self.completes
 
 
 @dataclass
@@ -180,8 +192,31 @@ class Scheduler:
         self._add_prompt_pieces(pieces, budget)
         return list(pieces.values())
 
+    def room_for_draft(self, piece: Piece) -> int:
+        """The most tokens that may be drafted behind a piece, if there are blocks: up to the border of a
+        chunk, and never the last that the sequence may have: one more is drawn than is right of a draft."""
+        borders = (piece.start // chunk * chunk + chunk for chunk in self._chunks)
+        return min([piece.sequence.limit - 1, *borders]) - piece.stop
+
+    def with_draft(self, piece: Piece, drafted: AbstractSequence[int]) -> Piece:
+        """The piece with as much of a draft as free blocks hold: nobody gives way to one. `settle` it."""
+        count = len(drafted)
+        while count and not self.cache.extend(piece.sequence, piece.stop + count):
+            count -= 1
+        return replace(piece, drafted=tuple(drafted[:count])) if count else piece
+
+    def settle(self, piece: Piece, accepted: int) -> None:
+        """Note how many drafted tokens of a computed piece are the sequence's; blocks of the others go back.
+
+        Only what is accepted was ever work for a tenant, and only that can be found in the cache.
+        """
+        sequence = piece.sequence
+        if accepted:
+            self.done([Piece(sequence, piece.stop, piece.stop + accepted)])
+        self.cache.trim(sequence)
+
     def done(self, pieces: AbstractSequence[Piece]) -> None:
-        """Note that these pieces have been computed."""
+        """Note that the tokens of these pieces have been computed; drafted ones are settled later."""
         new_tokens = 0
         for piece in pieces:
             sequence = piece.sequence

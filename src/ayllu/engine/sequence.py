@@ -43,15 +43,19 @@ class BlockKeys:
     ) -> None:
         self._keys: list[bytes] = []
         self._root = root
-        self._block_tokens = block_tokens
+        self.block_tokens = block_tokens
         self._patch_token = patch_token
         self._starts = np.cumsum([0, *(rows for _, rows in images)])
         self._digests = [digest for digest, _ in images]
         self._patches_seen = 0
 
+    @property
+    def has_images(self) -> bool:
+        return bool(self._digests)
+
     def up_to(self, tokens: AbstractSequence[int], count: int) -> list[bytes]:
         """Keys of the first `count` blocks of `tokens`; earlier ones are not computed again."""
-        size = self._block_tokens
+        size = self.block_tokens
         while len(self._keys) < count:
             start = len(self._keys) * size
             block = np.array(tokens[start : start + size], dtype=np.int64)

@@ -6,8 +6,6 @@ What the process says goes on to a `Listener`; that it ended, and how, is told t
 from __future__ import annotations
 
 import queue
-import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -17,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from ayllu.engine.engine_process import EngineProcess
+from ayllu.engine.launch import WORKER_COMMAND, Launched
 from ayllu.engine.messages import (
     Crashed,
     FromEngine,
@@ -31,10 +30,6 @@ from ayllu.engine.messages import (
 from ayllu.engine.prepared import CoreFacts
 from ayllu.errors import AylluError, EngineCrashedError, EngineUnavailableError
 from ayllu.progress import Progress, Task
-
-# -P: a torch.py or an ayllu/ in the folder where a person happens to be must not run in place of ours.
-WORKER_COMMAND = (sys.executable, "-P", "-m", "ayllu.engine.worker")
-"""Starts an engine's process; the number of its socket is put after it."""
 
 TICK_S = 0.5
 """Seconds between looks at a process that says nothing."""
@@ -121,13 +116,16 @@ class Supervisor:
         *,
         command: Sequence[str] = WORKER_COMMAND,
         policy: RestartPolicy | None = None,
+        launched: Launched | None = None,
     ) -> None:
-        """Begins to start the process at once, and does not wait for it."""
+        """Begins to start the process at once, and does not wait for it. launched: the first one, if it is
+        under way already."""
         self.status: Status = "starting"
         self.restarts = 0
         self._opening = to_engine().pack(opening)
         self._listener = listener
         self._command = command
+        self._launched = launched
         self._policy = policy or RestartPolicy()
         self._history = CrashHistory(self._policy)
         self._process: EngineProcess | None = None
@@ -194,16 +192,15 @@ class Supervisor:
             self._thread.join()
 
     def _run(self) -> None:
-        # The process inherits this: Ctrl-C must not end it before it has come to ignoring it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         while self._live_once():
             pass
 
     def _live_once(self) -> bool:
         """From start to end of one process; whether to start another."""
         self._refusal = None
+        launched, self._launched = self._launched, None
         try:
-            process = EngineProcess(self._command, self._received, self._notify)
+            process = EngineProcess(launched or self._command, self._received, self._notify)
         except OSError as error:
             return self._ended(f"its process cannot be started: {error.strerror or error}")
         self._process = process

@@ -1,4 +1,4 @@
-"""The engine's process: `python -m ayllu.engine.worker FD` loads a model and answers over the socket FD.
+"""The engine's process (`launch` starts it): loads a model and answers over a socket.
 
 One thread reads messages into a queue, the other hands them to the core between its steps and sends what
 each step said. It ends when it is told to, when the other end is gone, or by a crash, which the process that
@@ -92,8 +92,8 @@ class Core(Protocol):
 OpenCore = Callable[[Path, EngineOptions, Progress], Core]
 
 
-def serve(channel: Channel, open_core: OpenCore) -> NoReturn:
-    """Answer over `channel` until it ends; then end the process."""
+def serve(channel: Channel, open_core: OpenCore, *, prepare: Callable[[], object] = lambda: None) -> NoReturn:
+    """Answer over `channel` until it ends; then end the process. prepare: done before the first message."""
     # Ctrl-C in a terminal reaches every process that was started from it. What it ends, the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -102,6 +102,7 @@ def serve(channel: Channel, open_core: OpenCore) -> NoReturn:
     threading.Thread(target=_read, args=(channel, inbox), name="reader", daemon=True).start()
     code = 0
     try:
+        prepare()
         _work(_Outbox(channel), inbox, open_core)
     except ChannelClosedError:
         # Nobody is left to be told.
@@ -291,12 +292,20 @@ def channel_of(descriptor: int) -> Channel:
     return Channel(socket.socket(fileno=descriptor))
 
 
+def _import_core() -> None:
+    """What most models need. It may be known over there only later which one is to be opened."""
+    import ayllu.chat.gguf_vocabulary
+    import ayllu.engine.open_core
+    import ayllu.engine.open_native
+    import ayllu.weights.gguf_model  # noqa: F401
+
+
 def _open_native(path: Path, options: EngineOptions, progress: Progress) -> Core:
-    # Torch takes seconds to import, and its absence is an error to be told over the channel.
     from ayllu.engine.open_core import open_core
 
     return open_core(path, options, progress)
 
 
-if __name__ == "__main__":
-    serve(channel_of(int(sys.argv[1])), _open_native)
+def main(descriptor: int) -> NoReturn:
+    """Serve models of this machine over the socket with that number."""
+    serve(channel_of(descriptor), _open_native, prepare=_import_core)

@@ -13,8 +13,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jsonschema_rs
-
 from ayllu.errors import ModelFileError, UnsupportedError, clip
 from ayllu.json_file import read_json_object
 from ayllu.weights.hf_fields import Fields
@@ -210,6 +208,8 @@ class _Expressions:
                 f"{MAX_EXPRESSION_CHARACTERS} characters.",
                 "List the modules by name instead.",
             )
+        import jsonschema_rs  # takes 15 ms to load, and few adapters have expressions
+
         try:
             return _Expression(frame.replace("{}", text))
         except jsonschema_rs.ValidationError as error:
@@ -224,6 +224,8 @@ class _Expression:
     """One regular expression. Python's own engine may take exponential time; this one counts its steps."""
 
     def __init__(self, text: str) -> None:
+        import jsonschema_rs
+
         options = jsonschema_rs.FancyRegexOptions(
             backtrack_limit=MAX_BACKTRACKS,
             size_limit=MAX_EXPRESSION_BYTES,
@@ -235,6 +237,8 @@ class _Expression:
         )
 
     def matches(self, name: str) -> bool:
+        import jsonschema_rs
+
         failure = next(self._schema.iter_errors(name), None)
         if failure is not None and not isinstance(failure.kind, jsonschema_rs.ValidationErrorKind.Pattern):
             raise UnsupportedError(

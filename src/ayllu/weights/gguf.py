@@ -17,8 +17,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ayllu.errors import ModelFileError, UnsupportedError
+from ayllu.text_array import TextArray
 from ayllu.weights.gguf_blocks import BLOCK_TYPES, PLAIN_TYPES, READABLE_TYPES, BlockType, QuantisedTensor
-from ayllu.weights.tensors import PLAIN_ENCODINGS, MappedFile, PlainTensor, StoredTensor
+from ayllu.weights.gguf_strings import short_string_lengths, string_lengths
+from ayllu.weights.tensors import PLAIN_ENCODINGS, Array, MappedFile, PlainTensor, StoredTensor
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -60,8 +62,10 @@ TYPE_CODES = {name: code for code, name in TYPE_NAMES.items()}
 _SMALLEST_KEY_VALUE = 8 + 1 + 4 + 1
 _SMALLEST_TENSOR_INFO = 8 + 1 + 4 + 8 + 4 + 8
 _SMALLEST_STRING_IN_MEMORY = 8 + sys.getsizeof("")
-_STRINGS_WINDOW = 1 << 21
+_STRINGS_WINDOW = 1 << 17
 _STRINGS_AT_A_TIME = 1 << 15
+_WORTH_IT = 256
+_LONGEST_ASCII_LENGTH = 127
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An opened GGUF file. Metadata values are bool, int, float, str, list[str] or a read-only numpy array;
+    """An opened GGUF file. Metadata values are bool, int, float, str, TextArray or a read-only numpy array;
     `value_types` tells their stored types ("UINT32", "STRING", or "ARRAY:STRING")."""
 
     path: Path
@@ -264,8 +268,8 @@ class _Header:
             return stored.view(np.bool_), "ARRAY:BOOL"
         return stored.view(np.dtype(packing.format)), f"ARRAY:{name}"
 
-    def strings(self, key: str, length: int, length_at: int) -> list[str]:
-        """An array of `length` strings, piece by piece so that the memory spent is known before the next."""
+    def strings(self, key: str, length: int, length_at: int) -> TextArray:
+        """An array of `length` strings, piece by piece so that what one may cost is known before the next."""
         most = min(
             self.strings_left, (self.size - self.position) // 8, self.budget // _SMALLEST_STRING_IN_MEMORY
         )
@@ -274,40 +278,49 @@ class _Header:
                 "an array has too many strings for this file", key, length_at, f"at most {most}", length
             )
         self.strings_left -= length
-        texts: list[str] = []
-        while len(texts) < length:
+        pieces: list[Array] = [np.empty(0, np.int32)]
+        first, found = self.position, 0
+        while found < length:
             start = self.position
-            piece = self._strings_piece(key, min(length - len(texts), _STRINGS_AT_A_TIME))
-            if not piece:
+            lengths = self._strings_piece(key, min(length - found, _STRINGS_AT_A_TIME))
+            if not len(lengths):
                 self.fail("a string runs past the end of the file or is too long", key, start)
-            # Mostly there is room for the worst case, four bytes a letter; only else is it worth measuring.
-            cost = 96 * len(piece) + 4 * (self.position - start)
-            if cost > self.budget:
-                cost = 8 * len(piece) + sum(map(sys.getsizeof, piece))
-            self.spend(cost, key, start)
-            texts += piece
-        return texts
+            self.spend(self._strings_cost(start, lengths), key, start)
+            pieces.append(lengths.astype(np.int32))
+            found += len(lengths)
+        return _texts(self.file.bytes[first : self.position], np.concatenate(pieces))
 
-    def _strings_piece(self, key: str, count: int) -> list[str]:
-        """Up to `count` strings, as many as lie whole within the next window of bytes."""
+    def _strings_piece(self, key: str, count: int) -> Array:
+        """Lengths of up to `count` strings, as many as lie whole within the next window of bytes."""
         start = self.position
-        window = bytes(self.view[start : start + _STRINGS_WINDOW])
-        unpack, last, end = _U64.unpack_from, len(window) - 8, len(window)
-        raw: list[bytes] = []
-        append = raw.append
-        at = 0
-        for _ in range(count):
-            if at > last:
-                break
-            text_at = at + 8
-            stop = text_at + unpack(window, at)[0]
-            if stop > end:
-                break
-            append(window[text_at:stop])
-            at = stop
-        self.position = start + at
+        window = self.file.bytes[start : start + _STRINGS_WINDOW]
+        lengths = short_string_lengths(window, count)
+        if len(lengths) < min(count, _WORTH_IT):
+            lengths = string_lengths(window, count)
+        if not len(lengths):
+            lengths = string_lengths(self.file.bytes[start : start + 8 + MAX_STRING_BYTES], 1)
+        self.position = start + 8 * len(lengths) + int(lengths.sum())
+        self._require_utf8(key, start, lengths)
+        return lengths
+
+    def _strings_cost(self, start: int, lengths: Array) -> int:
+        """Bytes that these strings take once somebody asks for them; here they stay in the file."""
+        # Mostly there is room for the worst case, four bytes a letter; only else is it worth measuring.
+        worst = 96 * len(lengths) + 4 * (self.position - start)
+        if worst <= self.budget:
+            return worst
+        texts = _texts(self.file.bytes[start : self.position], lengths)
+        return 8 * len(lengths) + sum(map(sys.getsizeof, texts))
+
+    def _require_utf8(self, key: str, start: int, lengths: Array) -> None:
+        """All at once: with plain ASCII between them, texts are valid together exactly if each one is."""
+        window = self.file.bytes[start : self.position]
+        long = np.flatnonzero(lengths > _LONGEST_ASCII_LENGTH)
+        if len(long):
+            window = window.copy()
+            window[((np.cumsum(lengths + 8) - lengths - 8)[long, None] + np.arange(8)).ravel()] = 0
         try:
-            return list(map(bytes.decode, raw))
+            str(window.data, "utf-8")
         except UnicodeDecodeError:
             self.fail("a string is not UTF-8", key, start)
 
@@ -397,3 +410,10 @@ class _Header:
             if before.offset + before.nbytes > after.offset:
                 self.fail(f"overlaps tensor {before.name}", f"tensor {after.name}", after.offset)
         return infos
+
+
+def _texts(data: Array, lengths: Array) -> TextArray:
+    """Texts that stand in `data` one after the other, each behind the eight bytes of its length."""
+    steps = np.append(np.array(8, lengths.dtype), lengths[:-1] + 8)[: len(lengths)]
+    starts = np.cumsum(steps, dtype=np.int32 if len(data) < 1 << 31 else np.int64)
+    return TextArray(data, starts, lengths)

@@ -31,6 +31,7 @@ from ayllu.model.config import (
 )
 from ayllu.model.presets import llama4_layers
 from ayllu.model.rope_frequencies import rope_frequencies
+from ayllu.text_array import TextArray
 from ayllu.weights.gguf_metadata import Metadata, described
 
 Architecture = Literal["llama", "qwen2", "llama4"]
@@ -161,7 +162,7 @@ def _head_dim(metadata: Metadata, name: Architecture, width: int, heads: int) ->
 def _vocabulary_size(metadata: Metadata, name: Architecture, embedding_rows: int) -> int:
     """The embedding's rows: files may pad them beyond the tokens that have a name, never the reverse."""
     tokens = metadata.values.get("tokenizer.ggml.tokens")
-    if tokens is not None and not (isinstance(tokens, list)):
+    if tokens is not None and not isinstance(tokens, TextArray | list):
         metadata.fail("tokenizer.ggml.tokens", "an array of texts", described(tokens))
     if tokens is not None and len(tokens) > embedding_rows:
         metadata.fail(

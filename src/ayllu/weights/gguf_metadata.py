@@ -14,6 +14,7 @@ import numpy as np
 
 from ayllu.errors import ModelFileError, UnsupportedError
 from ayllu.model.config import MAX_LAYERS
+from ayllu.text_array import TextArray
 
 
 class Metadata:
@@ -76,6 +77,6 @@ def described(value: object) -> str:
     """A metadata value in the words of an error message: an array by its length, not its contents."""
     if value is None:
         return "nothing"
-    if isinstance(value, list | np.ndarray):
+    if isinstance(value, list | np.ndarray | TextArray):
         return f"an array of {len(value)}"
     return repr(value)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ayllu.errors import NoSpaceError, UnsupportedError, clip
 from ayllu.progress import SILENT, Progress
+from ayllu.text_array import TextArray
 from ayllu.weights.gguf import (
     ARRAY_TYPE,
     DEFAULT_ALIGNMENT,
@@ -188,7 +189,7 @@ def _typed(key: str, value: Any) -> bytes:
     """A metadata value with its type code before it."""
     if isinstance(value, str):
         return struct.pack("<I", STRING_TYPE) + _string(value)
-    if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+    if isinstance(value, TextArray | list | tuple) and all(isinstance(text, str) for text in value):
         head = struct.pack("<IIQ", ARRAY_TYPE, STRING_TYPE, len(value))
         return head + b"".join(map(_string, value))
     if isinstance(value, bool):

@@ -6,18 +6,23 @@ as anything from outside: its names and digests pass the same checks.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from typing import Any, Literal
 
 from ayllu.errors import ModelFileError, UnsupportedError, UsageError, clip, one_line
 from ayllu.folder_files import STORE_MANIFEST
-from ayllu.weights.encoder_settings import Pooling
-from ayllu.weights.sources.files import local_model_files
-from ayllu.weights.sources.safe_names import refuse_unless_model_file, safe_digest, safe_model_name
+from ayllu.json_file import read_json_object
+from ayllu.paths import expanded
+from ayllu.weights.sources.safe_names import (
+    MODEL_NAME,
+    refuse_unless_model_file,
+    safe_digest,
+    safe_model_name,
+)
 
 MANIFEST = STORE_MANIFEST
 UNKNOWN_LICENCE = "unknown"
@@ -25,32 +30,72 @@ MOST_MANIFEST_BYTES = 4 << 20
 Format = Literal["gguf", "safetensors"]
 
 
-class StoredFile(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
     """One file of a model. `sha256` is None only for a path used in place, which nobody hashed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    size_bytes: int
+    sha256: str | None
 
-    name: Annotated[str, AfterValidator(lambda name: str(refuse_unless_model_file(name)))]
-    size_bytes: int = Field(ge=0)
-    sha256: Annotated[str, AfterValidator(safe_digest)] | None
+    def __post_init__(self) -> None:
+        _require("name", self.name, str)
+        _require("size_bytes", self.size_bytes, int)
+        _require("sha256", self.sha256, str, type(None))
+        refuse_unless_model_file(self.name)
+        if self.sha256 is not None:
+            safe_digest(self.sha256)
+        if self.size_bytes < 0:
+            raise UsageError(f"The file {clip(self.name)} has {self.size_bytes} bytes.", "Give its size.")
 
 
-class Manifest(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
     """What is written beside a model's files: enough to list it, check it and say where it came from.
 
     `pooling` is the catalogue's word on how an encoder's token states become one vector (`encoder_settings`).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    manifest_version: Literal[1] = 1
-    name: Annotated[str, AfterValidator(safe_model_name)]
+    manifest_version: int = 1
+    name: str
     source: str
     licence: str
     notice: str
     pulled_at: str
-    pooling: Pooling | None = None
-    files: tuple[StoredFile, ...] = Field(min_length=1)
+    pooling: Literal["mean", "cls"] | None = None
+    files: tuple[StoredFile, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("name", "source", "licence", "notice", "pulled_at"):
+            _require(name, getattr(self, name), str)
+        safe_model_name(self.name)
+        if type(self.manifest_version) is not int or self.manifest_version != 1:
+            raise UsageError(f"Manifest version {clip(self.manifest_version)} is not known.", "Update ayllu.")
+        if self.pooling not in (None, "mean", "cls"):
+            raise UsageError(f"The pooling {clip(self.pooling)} is not known.", "Use 'mean' or 'cls'.")
+        if not self.files:
+            raise UsageError(f"The manifest of {self.name} names no file.", "Name at least one.")
+
+    @classmethod
+    def read(cls, file: Path) -> Manifest:
+        """The manifest in `file`. Raises ModelFileError or UsageError for anything but a whole one."""
+        values = read_json_object(file, max_bytes=MOST_MANIFEST_BYTES)
+        try:
+            files = tuple(StoredFile(**entry) for entry in values.pop("files"))
+            return cls(**values, files=files)
+        except (TypeError, KeyError) as error:
+            # A field that is missing, unknown, or holds something that has no fields.
+            raise UsageError(f"{file} is no manifest: {clip(error)}.", "Fetch the model again.") from error
+
+    def to_json(self) -> str:
+        """As the file holds it; what does not apply is left out."""
+        values = dataclasses.asdict(self)
+        return json.dumps({k: v for k, v in values.items() if v is not None}, ensure_ascii=False, indent=2)
+
+
+def _require(name: str, value: Any, *kinds: type) -> None:
+    if type(value) not in kinds:
+        raise UsageError(f"{name} = {clip(repr(value))} is not what a manifest holds.", "Write it anew.")
 
 
 @dataclass(frozen=True)
@@ -84,6 +129,15 @@ class InstalledModel:
         return self.files[0].sha256 if self.format == "gguf" else None
 
 
+def find_installed(store: Path, name: str) -> InstalledModel | None:
+    """The model of that name in the folder `store`, None where it has none. Raises ModelFileError.
+
+    Every model appears with its manifest, so a folder without one is somebody's own.
+    """
+    folder = expanded(store).absolute() / name
+    return read_installed(folder) if MODEL_NAME.fullmatch(name) and (folder / MANIFEST).is_file() else None
+
+
 def read_installed(folder: Path) -> InstalledModel:
     """The model in `folder`, which bears its name.
 
@@ -94,8 +148,11 @@ def read_installed(folder: Path) -> InstalledModel:
     try:
         if file.stat().st_size > MOST_MANIFEST_BYTES:
             raise ModelFileError(file, "manifest too large", fix=fix)
-        manifest = Manifest.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError, UsageError, UnsupportedError) as error:
+    except OSError as error:
+        raise ModelFileError(file, "no readable manifest", fix=fix) from error
+    try:
+        manifest = Manifest.read(file)
+    except (ModelFileError, UsageError, UnsupportedError) as error:
         raise ModelFileError(file, "no readable manifest", fix=fix) from error
     if manifest.name != name:
         raise ModelFileError(file, "manifest of another model", expected=name, got=manifest.name, fix=fix)
@@ -127,6 +184,8 @@ def installed(manifest: Manifest, folder: Path) -> InstalledModel:
 
 def in_place(path: Path) -> InstalledModel:
     """The model at `path`, not imported. Its files are named and sized, not hashed."""
+    from ayllu.weights.sources.files import local_model_files
+
     wanted = local_model_files(path)
     files = tuple(StoredFile(name=file.name, size_bytes=file.stat().st_size, sha256=None) for file in wanted)
     return InstalledModel(

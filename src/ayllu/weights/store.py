@@ -231,9 +231,7 @@ class Store:
         )
         if manifest.notice:
             base.write_atomically(ready / NOTICE, f"{manifest.notice}\n".encode())
-        base.write_atomically(
-            ready / MANIFEST, manifest.model_dump_json(indent=2, exclude_none=True).encode()
-        )
+        base.write_atomically(ready / MANIFEST, manifest.to_json().encode())
         for file in files:
             target = ready / refuse_unless_model_file(file.name)
             target.parent.mkdir(parents=True, exist_ok=True)

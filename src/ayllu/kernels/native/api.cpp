@@ -65,6 +65,11 @@ AYLLU_EXPORT int64_t ayllu_source_row_bytes(int32_t format, int32_t cols) {
 }
 
 AYLLU_EXPORT int32_t ayllu_pack(const PackJob* jobs, int32_t count, int32_t threads) {
+  for (int i = 0; i < count; i++) {
+    const PackJob& job = jobs[i];
+    if (job.format < 0 || job.format >= FORMAT_COUNT || job.rows < 0 || job.cols < 0 || !fits_source(job.format, job.cols)) return FAILED;
+    if (job.rows > 0 && job.stride < static_cast<int64_t>(source_row_bytes(job.format, job.cols))) return FAILED;
+  }
   return guarded([&] {
     Pool pool(threads);
     pool.run([&](int thread) {
@@ -94,6 +99,7 @@ AYLLU_EXPORT int32_t ayllu_linear(const char* isa, int32_t format, int32_t rows,
   return guarded([&]() -> int32_t {
     const Kernels* kernels = choose_kernels(isa);
     if (!kernels) return NOT_HERE;
+    if (count == 0) return DONE;
     const Matrix w = matrix_at(format, rows, cols, packed);
     const InputKind kind = input_kind(format);
     const size_t stride = input_stride(kind, cols);
@@ -108,6 +114,7 @@ AYLLU_EXPORT int32_t ayllu_linear_swiglu(const char* isa, int32_t format, int32_
   return guarded([&]() -> int32_t {
     const Kernels* kernels = choose_kernels(isa);
     if (!kernels) return NOT_HERE;
+    if (count == 0) return DONE;
     const Matrix g = matrix_at(format, rows, cols, gate), u = matrix_at(format, rows, cols, up);
     const InputKind kind = input_kind(format);
     const size_t stride = input_stride(kind, cols);
@@ -221,7 +228,45 @@ AYLLU_EXPORT int32_t ayllu_decoder_forward(Decoder* decoder, int32_t count, cons
 
 AYLLU_EXPORT int32_t ayllu_decoder_logits(Decoder* decoder, const float* const* hidden, int32_t rows, float* out) {
   return guarded([&]() -> int32_t {
-    decoder->logits(hidden, rows, out);
+    if (rows > 0) decoder->logits(hidden, rows, out);
     return DONE;
   });
+}
+
+// The small kernels one by one, for tests.
+
+// x [rows][cols] -> out; weight [cols], or null.
+AYLLU_EXPORT int32_t ayllu_rms_norm(const char* isa, const float* x, const float* weight, float eps, int32_t rows, int32_t cols, float* out) {
+  const Kernels* kernels = choose_kernels(isa);
+  if (!kernels) return NOT_HERE;
+  for (int64_t row = 0; row < rows; row++) kernels->rms_norm(x + row * cols, weight, eps, cols, out + row * cols);
+  return DONE;
+}
+
+// heads [rows][head_dim], changed in place; cos, sin [rows][head_dim / 2].
+AYLLU_EXPORT int32_t ayllu_rotate(const char* isa, float* heads, const float* cos, const float* sin, int32_t rows, int32_t head_dim, int32_t interleaved) {
+  const Kernels* kernels = choose_kernels(isa);
+  if (!kernels) return NOT_HERE;
+  for (int64_t row = 0; row < rows; row++)
+    kernels->rotate(heads + row * head_dim, cos + row * (head_dim / 2), sin + row * (head_dim / 2), head_dim, interleaved != 0);
+  return DONE;
+}
+
+AYLLU_EXPORT int32_t ayllu_silu_multiply(const char* isa, const float* gate, const float* up, int32_t count, float* out) {
+  const Kernels* kernels = choose_kernels(isa);
+  if (!kernels) return NOT_HERE;
+  kernels->silu_multiply(gate, up, count, out);
+  return DONE;
+}
+
+// One part of a softmax into another: sums [padded_dim], a multiple of 16; of[0] the largest score, of[1] the sum of weights.
+AYLLU_EXPORT int32_t ayllu_merge(const char* isa, float* into_sum, float* into_of, float* from_sum, const float* from_of, int32_t padded_dim) {
+  const Kernels* kernels = choose_kernels(isa);
+  if (!kernels) return NOT_HERE;
+  Partial into{into_sum, into_of[0], into_of[1]};
+  const Partial from{from_sum, from_of[0], from_of[1]};
+  kernels->merge(&into, from, padded_dim);
+  into_of[0] = into.best;
+  into_of[1] = into.total;
+  return DONE;
 }

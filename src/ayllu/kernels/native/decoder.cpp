@@ -11,6 +11,17 @@
 #include <cstdlib>
 #endif
 
+#ifdef AYLLU_PROFILE
+#include <chrono>
+#include <cstdio>
+static double prof[16]; static double prof_last;
+static double pnow() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+#define PROF(i) if (thread == 0) { double t_ = pnow(); prof[i] += t_ - prof_last; prof_last = t_; }
+extern "C" __attribute__((visibility("default"))) void ayllu_prof() { for (int i = 0; i < 12; i++) { printf("%d: %.2f ms  ", i, prof[i] * 1e3); prof[i] = 0; } printf("\n"); fflush(stdout); }
+#else
+#define PROF(i)
+#endif
+
 namespace ayllu {
 namespace {
 
@@ -76,16 +87,20 @@ void Decoder::make_cache(int groups, const int64_t* blocks, int block_tokens, bo
   layout_.tiles_per_block = block_tokens / tile;
   blocks_.assign(blocks, blocks + groups);
   plans_.resize(static_cast<size_t>(groups));
+  block_bytes_.assign(static_cast<size_t>(groups), 0);
   for (const LayerWeights& layer : layers) {
-    const size_t tiles = static_cast<size_t>(blocks[layer.group]) * static_cast<size_t>(layout_.tiles_per_block * shape.kv_heads);
-    for (const size_t bytes : {tiles * layout_.key_tile_bytes(), tiles * layout_.value_tile_bytes()}) {
-      void* at = map_memory(std::max<size_t>(bytes, 64));
-      if (!at) throw std::bad_alloc();
-      mapped_.emplace_back(at, std::max<size_t>(bytes, 64));
-      cache_bytes_ += bytes;
-      (keys_.size() == values_.size() ? keys_ : values_).push_back(static_cast<uint8_t*>(at));
-    }
-    plans_[static_cast<size_t>(layer.group)].chunk = layer.chunk;
+    const size_t group = static_cast<size_t>(layer.group);
+    place_in_group_.push_back(static_cast<int>(block_bytes_[group] / layer_bytes()));
+    block_bytes_[group] += layer_bytes();
+    plans_[group].chunk = layer.chunk;
+  }
+  for (size_t group = 0; group < static_cast<size_t>(groups); group++) {
+    const size_t bytes = std::max<size_t>(block_bytes_[group] * static_cast<size_t>(blocks[group]), 64);
+    void* at = map_memory(bytes);
+    if (!at) throw std::bad_alloc();
+    mapped_.emplace_back(at, bytes);
+    pools_.push_back(static_cast<uint8_t*>(at));
+    cache_bytes_ += bytes;
   }
 }
 
@@ -261,32 +276,43 @@ void Decoder::swiglu(int thread, const Matrix& gate, const Matrix& up, int rows,
   pool.share(thread, gate.panels, [&](int panel) { kernels->linear_swiglu(gate, up, panel, panel + 1, inputs_of(gate), rows, outputs, scratch); });
 }
 
-// Adds an adapter's low-rank product to y, for the rows of pieces that have one. Ends with a meeting.
+// Adds adapters' low-rank products to y, for the rows of pieces that have one. Ends with a meeting.
 void Decoder::adapt(int thread, int layer, Projection projection, const float* x, int cols, float* y, size_t stride, int outputs) {
   if (!adapted_) return;
   const int rows = static_cast<int>(row_piece_.size());
-  const int first = pool.first_of(thread, rows), last = pool.first_of(thread + 1, rows);
-  std::vector<float> low;
-  for (int row = first; row < last; row++) {
-    const int which = row_piece_[static_cast<size_t>(row)];
+  for (int first = 0, last = 0; first < rows; first = last) {
+    const int which = row_piece_[static_cast<size_t>(first)];
+    for (last = first + 1; last < rows && row_piece_[static_cast<size_t>(last)] == which;) last++;
     if (which < 0) continue;
     const LowRank& part = (*adapters[static_cast<size_t>(which)])[static_cast<size_t>(layer * PROJECTIONS + projection)];
-    if (!part.rank) continue;
-    const float* from = x + static_cast<size_t>(cols) * static_cast<size_t>(row);
-    float* to = y + stride * static_cast<size_t>(row);
-    low.assign(static_cast<size_t>(part.rank), 0.0f);
-    for (int r = 0; r < part.rank; r++) {
-      float total = 0.0f;
-      for (int k = 0; k < cols; k++) total += part.a[static_cast<size_t>(r) * static_cast<size_t>(cols) + static_cast<size_t>(k)] * from[k];
-      low[static_cast<size_t>(r)] = total * part.scale;
-    }
-    for (int n = 0; n < outputs; n++) {
-      float total = 0.0f;
-      for (int r = 0; r < part.rank; r++) total += part.b[static_cast<size_t>(n) * static_cast<size_t>(part.rank) + static_cast<size_t>(r)] * low[static_cast<size_t>(r)];
-      to[n] += total;
-    }
+    if (part.rank) add_low_rank(thread, part, x + static_cast<size_t>(cols) * static_cast<size_t>(first), cols, y + stride * static_cast<size_t>(first), stride, outputs, last - first);
   }
   pool.meet();
+}
+
+// One adapter's part for rows that follow each other. Few rows: every thread takes them all through A, and its
+// own panels of B. Many: its own rows through both.
+void Decoder::add_low_rank(int thread, const LowRank& part, const float* x, int cols, float* y, size_t stride, int outputs, int rows) {
+  constexpr int float32 = 10, together = 48;
+  Matrix a = shape_matrix(float32, static_cast<int>(part.rank), cols), b = shape_matrix(float32, outputs, static_cast<int>(part.rank));
+  a.data = part.a;
+  b.data = part.b;
+  const bool split_rows = rows > FEW;
+  const int from = split_rows ? pool.first_of(thread, rows) : 0, to = split_rows ? pool.first_of(thread + 1, rows) : rows;
+  const int first = split_rows ? 0 : pool.first_of(thread, b.panels), last = split_rows ? b.panels : pool.first_of(thread + 1, b.panels);
+  if (first >= last) return;
+  // A float32 matrix reads no further than its columns: rows of numbers are its inputs as they are.
+  const size_t low_stride = static_cast<size_t>(part.rank);
+  std::vector<float>& low = low_[static_cast<size_t>(thread)];
+  grow(low, low_stride * together);
+  uint8_t* scratch = scratch_[static_cast<size_t>(thread)].data();
+  for (int row = from; row < to; row += together) {
+    const int count = std::min(together, to - row);
+    const Inputs inputs{reinterpret_cast<const uint8_t*>(x + static_cast<size_t>(cols) * static_cast<size_t>(row)), sizeof(float) * static_cast<size_t>(cols), nullptr};
+    kernels->linear(a, 0, a.panels, inputs, count, {low.data(), low_stride, nullptr, Write::set}, scratch);
+    const Inputs through{reinterpret_cast<const uint8_t*>(low.data()), sizeof(float) * low_stride, nullptr};
+    kernels->linear(b, first, last, through, count, {y + stride * static_cast<size_t>(row), stride, nullptr, Write::accumulate}, scratch);
+  }
 }
 
 void Decoder::norm_rows(int thread, const float* weight, int rows) {
@@ -329,11 +355,13 @@ void Decoder::finish_run(int index, const LayerWeights& layer, const Piece* piec
     for (int head = 0; head < heads; head++)
       kernels->store_queries(q + head * dim, query_scale, dim, queries_.data() + (row * static_cast<size_t>(heads) + static_cast<size_t>(head)) * static_cast<size_t>(dim));
     const int32_t block = piece.tables[layer.group][held / block_tokens_];
-    const size_t tile = (static_cast<size_t>(block) * static_cast<size_t>(layout_.tiles_per_block) + static_cast<size_t>(held % block_tokens_ / layout_.tile_keys)) * static_cast<size_t>(groups);
+    uint8_t* keys = block_at(index, block);
+    uint8_t* values = keys + key_bytes();
+    const size_t tile = static_cast<size_t>(held % block_tokens_ / layout_.tile_keys) * static_cast<size_t>(groups);
     const int slot = static_cast<int>(held % layout_.tile_keys);
     for (int head = 0; head < groups; head++) {
-      kernels->store_key(layout_, q + (heads + head) * dim, keys_[static_cast<size_t>(index)] + (tile + static_cast<size_t>(head)) * layout_.key_tile_bytes(), slot);
-      kernels->store_value(layout_, q + (heads + groups + head) * dim, values_[static_cast<size_t>(index)] + (tile + static_cast<size_t>(head)) * layout_.value_tile_bytes(), slot);
+      kernels->store_key(layout_, q + (heads + head) * dim, keys + (tile + static_cast<size_t>(head)) * layout_.key_tile_bytes(), slot);
+      kernels->store_value(layout_, q + (heads + groups + head) * dim, values + (tile + static_cast<size_t>(head)) * layout_.value_tile_bytes(), slot);
     }
   }
 }
@@ -372,10 +400,10 @@ void Decoder::attend_task(int thread, const LayerWeights& layer, int index, cons
     for (int t = 0; t < CHUNK_TILES; t++) {
       const int64_t key = static_cast<int64_t>(c) * chunk_keys + static_cast<int64_t>(t) * layout_.tile_keys;
       if (key >= last_seen) break;
-      const size_t tile = ((static_cast<size_t>(table[key / block_tokens_]) * static_cast<size_t>(layout_.tiles_per_block) +
-                            static_cast<size_t>(key % block_tokens_ / layout_.tile_keys)) * static_cast<size_t>(groups)) + static_cast<size_t>(task.head);
-      view.keys[t] = keys_[static_cast<size_t>(index)] + tile * layout_.key_tile_bytes();
-      view.values[t] = values_[static_cast<size_t>(index)] + tile * layout_.value_tile_bytes();
+      const uint8_t* block = block_at(index, table[key / block_tokens_]);
+      const size_t tile = static_cast<size_t>(key % block_tokens_ / layout_.tile_keys) * static_cast<size_t>(groups) + static_cast<size_t>(task.head);
+      view.keys[t] = block + tile * layout_.key_tile_bytes();
+      view.values[t] = block + key_bytes() + tile * layout_.value_tile_bytes();
       view.tiles++;
     }
     for (int first = 0; first < count; first += MOST_QUERIES) {
@@ -421,6 +449,7 @@ void Decoder::attention(int thread, int index, const Piece* pieces) {
   const LayerWeights& layer = layers[static_cast<size_t>(index)];
   const GroupPlan& group = plans_[static_cast<size_t>(layer.group)];
   pool.share(thread, static_cast<int>(group.runs.size()), [&](int i) { finish_run(index, layer, pieces, group.runs[static_cast<size_t>(i)]); });
+  PROF(4)
   pool.share(thread, static_cast<int>(group.tasks.size()), [&](int i) { attend_task(thread, layer, index, pieces, group.tasks[static_cast<size_t>(i)]); });
   if (group.merges.empty()) return;
   const int share = shape.heads / shape.kv_heads, dim = shape.head_dim;
@@ -448,7 +477,9 @@ void Decoder::feed_forward(int thread, int index, int rows) {
   norm_rows(thread, layer.feed_forward_norm, rows);
   if (layer.mixture) mixture(thread, index, rows);
   inputs(thread, normed_.data(), width, rows, shape.hidden_size, {&layer.gate, &layer.up});
+  PROF(2)
   swiglu(thread, layer.gate, layer.up, rows, hidden_.data());
+  PROF(7)
   if (layer.gate.format != layer.up.format || adapted_) {
     adapt(thread, index, PROJ_GATE, normed_.data(), shape.hidden_size, hidden_.data(), hidden, layer.gate.rows);
     adapt(thread, index, PROJ_UP, normed_.data(), shape.hidden_size, side_.data(), hidden, layer.gate.rows);
@@ -460,7 +491,9 @@ void Decoder::feed_forward(int thread, int index, int rows) {
     pool.meet();
   }
   inputs(thread, hidden_.data(), hidden, rows, layer.gate.rows, {&layer.down});
+  PROF(2)
   linears(thread, {{&layer.down, x_.data(), width, Write::accumulate}}, rows);
+  PROF(8)
   adapt(thread, index, PROJ_DOWN, hidden_.data(), layer.gate.rows, x_.data(), width, shape.hidden_size);
 }
 
@@ -577,11 +610,15 @@ void Decoder::forward(const Piece* pieces, int count, const int32_t* tokens, con
   }
   if (rows == 0) return;
   running_.resize(static_cast<size_t>(pool.threads()));
+  low_.resize(static_cast<size_t>(pool.threads()));
   reserve(rows);
   plan(pieces, count);
   const size_t width = static_cast<size_t>(shape.hidden_size), dim = static_cast<size_t>(shape.head_dim);
   const size_t qkv_width = static_cast<size_t>(shape.heads + 2 * shape.kv_heads) * dim, attended_width = static_cast<size_t>(shape.heads) * dim;
   pool.run([&](int thread) {
+#ifdef AYLLU_PROFILE
+    if (thread == 0) prof_last = pnow();
+#endif
     pool.share(thread, rows, [&](int row) {
       float* to = x_.data() + width * static_cast<size_t>(row);
       if (given && given[row]) {
@@ -608,21 +645,29 @@ void Decoder::forward(const Piece* pieces, int count, const int32_t* tokens, con
     });
     for (int index = 0; index < shape.layers; index++) {
       const LayerWeights& layer = layers[static_cast<size_t>(index)];
+      PROF(0)
       norm_rows(thread, layer.attention_norm, rows);
+      PROF(1)
       inputs(thread, normed_.data(), width, rows, shape.hidden_size, {&layer.q, &layer.k, &layer.v});
+      PROF(2)
       float* q = qkv_.data();
       float* k = q + attended_width;
       float* v = k + static_cast<size_t>(shape.kv_heads) * dim;
       linears(thread, {{&layer.q, q, qkv_width, Write::set}, {&layer.k, k, qkv_width, Write::set}, {&layer.v, v, qkv_width, Write::set}}, rows);
+      PROF(3)
       adapt(thread, index, PROJ_Q, normed_.data(), shape.hidden_size, q, qkv_width, layer.q.rows);
       adapt(thread, index, PROJ_K, normed_.data(), shape.hidden_size, k, qkv_width, layer.k.rows);
       adapt(thread, index, PROJ_V, normed_.data(), shape.hidden_size, v, qkv_width, layer.v.rows);
       attention(thread, index, pieces);
+      PROF(5)
       inputs(thread, attended_.data(), attended_width, rows, shape.heads * shape.head_dim, {&layer.o});
+      PROF(2)
       linears(thread, {{&layer.o, x_.data(), width, Write::accumulate}}, rows);
       adapt(thread, index, PROJ_O, attended_.data(), shape.heads * shape.head_dim, x_.data(), width, shape.hidden_size);
+      PROF(6)
       feed_forward(thread, index, rows);
     }
+    PROF(0)
     const int first = pool.first_of(thread, rows), last = pool.first_of(thread + 1, rows);
     for (int row = first; row < last; row++)
       kernels->rms_norm(x_.data() + width * static_cast<size_t>(row), final_norm, shape.norm_eps, shape.hidden_size, hidden + width * static_cast<size_t>(row));

@@ -39,12 +39,11 @@ struct Piece {
   const int32_t* const* tables;
 };
 
-// A low-rank addition to one projection: y += scale * B (A x). a [rank][inputs], b [outputs][rank], float32.
+// A low-rank addition to one projection: y += B (A x), with A [rank][inputs] and B [outputs][rank] as panels of float32.
 struct LowRank {
-  const float* a = nullptr;
-  const float* b = nullptr;
-  int32_t rank = 0;
-  float scale = 0.0f;
+  const uint8_t* a = nullptr;
+  const uint8_t* b = nullptr;
+  int64_t rank = 0;
 };
 enum Projection : int32_t { PROJ_Q, PROJ_K, PROJ_V, PROJ_O, PROJ_GATE, PROJ_UP, PROJ_DOWN, PROJECTIONS };
 using AdapterWeights = std::vector<LowRank>;  // [layer * PROJECTIONS + projection]
@@ -103,6 +102,7 @@ class Decoder {
   void swiglu(int thread, const Matrix& gate, const Matrix& up, int rows, float* out);
   void inputs(int thread, const float* x, size_t stride, int rows, int cols, std::initializer_list<const Matrix*> users);
   void adapt(int thread, int layer, Projection projection, const float* x, int cols, float* y, size_t stride, int outputs);
+  void add_low_rank(int thread, const LowRank& part, const float* x, int cols, float* y, size_t stride, int outputs, int rows);
   void norm_rows(int thread, const float* weight, int rows);
   void attend_task(int thread, const LayerWeights& layer, int index, const Piece* pieces, const Task& task);
   void finish_run(int index, const LayerWeights& layer, const Piece* pieces, const Run& run);
@@ -112,14 +112,24 @@ class Decoder {
   std::vector<float> frequencies_;
   KvLayout layout_{};
   int block_tokens_ = 0;
-  std::vector<uint8_t*> keys_, values_;  // per layer
+  // A block of a group holds its tokens for all layers of the group: a short sequence touches few pages.
+  std::vector<uint8_t*> pools_;       // per group
+  std::vector<size_t> block_bytes_;   // per group
+  std::vector<int> place_in_group_;   // per layer
+  uint8_t* block_at(int layer, int block) const {
+    const size_t group = static_cast<size_t>(layers[static_cast<size_t>(layer)].group);
+    return pools_[group] + block_bytes_[group] * static_cast<size_t>(block) + layer_bytes() * static_cast<size_t>(place_in_group_[static_cast<size_t>(layer)]);
+  }
+  size_t key_bytes() const { return static_cast<size_t>(layout_.tiles_per_block * layout_.kv_heads) * layout_.key_tile_bytes(); }
+  size_t layer_bytes() const { return static_cast<size_t>(layout_.tiles_per_block * layout_.kv_heads) * (layout_.key_tile_bytes() + layout_.value_tile_bytes()); }
   std::vector<int64_t> blocks_;
   size_t cache_bytes_ = 0;
   std::vector<std::pair<void*, size_t>> mapped_;
 
   int reserved_ = 0;
   bool adapted_ = false, advises_ = false;
-  std::vector<float> x_, normed_, qkv_, attended_, hidden_, side_, angles_, router_, routed_, routed_out_, partials_, adapter_scratch_;
+  std::vector<float> x_, normed_, qkv_, attended_, hidden_, side_, angles_, router_, routed_, routed_out_, partials_;
+  std::vector<std::vector<float>> low_;  // per thread: inputs of an adapter's second matrix
   std::vector<uint16_t> queries_;
   std::vector<uint8_t> inputs_[3];
   std::vector<int32_t> chosen_, order_, token_of_, expert_start_;

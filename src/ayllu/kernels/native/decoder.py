@@ -54,12 +54,7 @@ class _Shape(ctypes.Structure):
 
 
 class _LowRank(ctypes.Structure):
-    _fields_ = [
-        ("a", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
-        ("rank", ctypes.c_int32),
-        ("scale", ctypes.c_float),
-    ]
+    _fields_ = [("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +87,10 @@ class LayerKind:
 
 @dataclass(frozen=True, eq=False)
 class LowRankChange:
-    """y += scale * b (a x), with a [rank, inputs] and b [outputs, rank], float32 and contiguous."""
+    """y += b (a x), with a [rank, inputs] and b [outputs, rank], both packed as F32."""
 
-    a: Floats
-    b: Floats
-    scale: float
+    a: PackedMatrix
+    b: PackedMatrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,9 +132,7 @@ class NativeDecoder:
         )
         angles = np.array(frequencies, np.float32)
         name = None if instruction_set is None else instruction_set.encode()
-        self._handle = self._library.ayllu_decoder_new(
-            ctypes.byref(given), angles.ctypes.data, name, threads
-        )
+        self._handle = self._library.ayllu_decoder_new(ctypes.byref(given), angles.ctypes.data, name, threads)
         if not self._handle:
             raise UnsupportedError(
                 f"This processor does not run the {instruction_set} kernels.", "Leave the choice to ayllu."
@@ -216,18 +208,18 @@ class NativeDecoder:
         return int(self._library.ayllu_decoder_experts_read(self._handle))
 
     def add_adapter(self, changes: Mapping[tuple[int, str], LowRankChange]) -> int:
-        """Make an adapter's changes, by layer and one of `PROJECTIONS`, available to pieces; its number."""
+        """Make an adapter's changes, by layer and one of `PROJECTIONS`, available to pieces; its number. The
+        matrices must live until `remove_adapter`."""
         parts = (_LowRank * (self.shape.layers * len(PROJECTIONS)))()
         for (layer, projection), change in changes.items():
-            parts[layer * len(PROJECTIONS) + PROJECTIONS.index(projection)] = _LowRank(
-                change.a.ctypes.data, change.b.ctypes.data, change.a.shape[0], change.scale
-            )
+            place = layer * len(PROJECTIONS) + PROJECTIONS.index(projection)
+            parts[place] = _LowRank(change.a.address, change.b.address, change.a.rows)
         number = self._library.ayllu_decoder_add_adapter(self._handle, ctypes.byref(parts), len(parts))
         assert number >= 0, "the native runner has no memory left for an adapter"
         return int(number)
 
     def remove_adapter(self, number: int) -> None:
-        """Forget an adapter; its arrays may go."""
+        """Forget an adapter; its matrices may go."""
         self._library.ayllu_decoder_remove_adapter(self._handle, number)
 
     def forward(self, pieces: Sequence[NativePiece]) -> Floats:

@@ -1,6 +1,7 @@
 // How weights lie in memory once packed, for every format a file may hold. Exact: packing moves bits, it never
-// rounds. A matrix is cut into panels of 16 rows; a panel is its weights, block by block of 32 inputs, and
-// then its scales. Padding rows and inputs are zero.
+// rounds. A matrix is cut into panels of 16 rows, a panel into units of one, two or eight blocks of 32 inputs: the
+// scales of the unit, then its weights. So a panel is read from front to back, which is what memory does fastest.
+// Padding rows and inputs are zero.
 #pragma once
 
 #include <cstddef>
@@ -51,15 +52,23 @@ constexpr int FORMAT_COUNT = sizeof(FORMATS) / sizeof(FORMATS[0]);
 constexpr bool is_float(Scales s) { return s >= Scales::float32; }
 constexpr int block_weight_bytes(int bits) { return bits * LANES * BLOCK / 8; }
 
-inline size_t scale_bytes(Scales scales, size_t blocks) {
+// Blocks that share a unit: as many as share scales, or fill whole cache lines with theirs.
+constexpr int unit_blocks(Scales scales) { return scales == Scales::zero ? 2 : scales == Scales::minimum ? 1 : 8; }
+
+// Bytes of a unit's scales.
+constexpr int unit_scale_bytes(Scales scales) {
   switch (scales) {
-    case Scales::zero: return blocks * 32;
-    case Scales::minimum: return blocks * 64;
-    case Scales::k_minimum: return blocks / 8 * (64 + 8 * 32);
-    case Scales::k_half: return blocks / 8 * (32 + 16 * 16);
-    case Scales::k_half_minimum: return blocks / 8 * (64 + 16 * 32);
+    case Scales::zero: return 2 * 32;
+    case Scales::minimum: return 64;
+    case Scales::k_minimum: return 64 + 8 * 32;
+    case Scales::k_half: return 64 + 16 * 16;  // 32 of them unused, so that lines stay whole
+    case Scales::k_half_minimum: return 64 + 16 * 32;
     default: return 0;
   }
+}
+
+constexpr size_t unit_bytes(int bits, Scales scales) {
+  return static_cast<size_t>(unit_scale_bytes(scales) + unit_blocks(scales) * block_weight_bytes(bits));
 }
 
 // A packed matrix: rows outputs by cols inputs.
@@ -69,7 +78,6 @@ struct Matrix {
   int32_t rows = 0, cols = 0;
   int32_t blocks = 0;      // of 32 inputs, the last one padded
   int32_t panels = 0;
-  size_t weight_bytes = 0; // of a panel; its scales follow
   size_t panel_bytes = 0;
 
   const Format& facts() const { return FORMATS[format]; }
@@ -86,11 +94,11 @@ inline Matrix shape_matrix(int format, int rows, int cols) {
   m.blocks = (cols + BLOCK - 1) / BLOCK;
   if (is_float(facts.scales)) {
     // Pairs of inputs for bfloat16, single inputs otherwise; padded to whole pairs.
-    m.weight_bytes = static_cast<size_t>((cols + 1) / 2 * 2) * LANES * (facts.bits / 8);
+    m.panel_bytes = static_cast<size_t>((cols + 1) / 2 * 2) * LANES * static_cast<size_t>(facts.bits / 8);
   } else {
-    m.weight_bytes = static_cast<size_t>(m.blocks) * block_weight_bytes(facts.bits);
+    const int unit = unit_blocks(facts.scales);
+    m.panel_bytes = static_cast<size_t>((m.blocks + unit - 1) / unit) * unit_bytes(facts.bits, facts.scales);
   }
-  m.panel_bytes = (m.weight_bytes + scale_bytes(facts.scales, m.blocks) + 63) / 64 * 64;
   return m;
 }
 

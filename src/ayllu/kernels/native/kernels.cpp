@@ -56,30 +56,32 @@ template <int bits> inline void load_block(const uint8_t* p, Bytes w[8]) {
 constexpr bool has_minimum(Scales s) { return s == Scales::minimum || s == Scales::k_minimum || s == Scales::k_half_minimum; }
 constexpr bool has_halves(Scales s) { return s == Scales::k_half || s == Scales::k_half_minimum; }
 
-// Factor and offset of block b (of its half `half`, where halves differ).
-template <Scales kind> inline void block_scales(const uint8_t* s, int b, int half, Floats& factor, Floats& offset) {
+// Where block b of a panel lies: the scales of its unit, its place there, and its weights.
+struct BlockPlace {
+  const uint8_t* scales;
+  int place;
+  const uint8_t* weights;
+};
+template <int bits, Scales kind> inline BlockPlace block_place(const uint8_t* panel, int b) {
+  constexpr int blocks = unit_blocks(kind);
+  const uint8_t* unit = panel + static_cast<size_t>(b / blocks) * unit_bytes(bits, kind);
+  return {unit, b % blocks, unit + unit_scale_bytes(kind) + (b % blocks) * block_weight_bytes(bits)};
+}
+
+// Factor and offset of a block (of its half `half`, where halves differ).
+template <Scales kind> inline void block_scales(const BlockPlace& at, int half, Floats& factor, Floats& offset) {
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(at.scales);
   if constexpr (kind == Scales::zero) {
-    factor = load_halves(reinterpret_cast<const uint16_t*>(s + 32 * static_cast<size_t>(b)));
+    factor = load_halves(halves + LANES * at.place);
   } else if constexpr (kind == Scales::minimum) {
-    const uint16_t* p = reinterpret_cast<const uint16_t*>(s + 64 * static_cast<size_t>(b));
-    factor = load_halves(p);
-    offset = load_halves(p + 16);
-  } else if constexpr (kind == Scales::k_minimum) {
-    const uint8_t* super = s + static_cast<size_t>(b / 8) * 320;
-    const uint8_t* own = super + 64 + 32 * (b % 8);
-    factor = mul(load_halves(reinterpret_cast<const uint16_t*>(super)), load_unsigned(own));
-    offset = mul(load_halves(reinterpret_cast<const uint16_t*>(super + 32)), load_unsigned(own + 16));
-    offset = sub(splat(0.0f), offset);
+    factor = load_halves(halves);
+    offset = load_halves(halves + LANES);
   } else if constexpr (kind == Scales::k_half) {
-    const uint8_t* super = s + static_cast<size_t>(b / 8) * 288;
-    factor = mul(load_halves(reinterpret_cast<const uint16_t*>(super)),
-                 load_signed(reinterpret_cast<const int8_t*>(super + 32 + 16 * (2 * (b % 8) + half))));
+    factor = mul(load_halves(halves), load_signed(reinterpret_cast<const int8_t*>(at.scales + 64 + 16 * (2 * at.place + half))));
   } else {
-    const uint8_t* super = s + static_cast<size_t>(b / 8) * 576;
-    const uint8_t* own = super + 64 + 32 * (2 * (b % 8) + half);
-    factor = mul(load_halves(reinterpret_cast<const uint16_t*>(super)), load_unsigned(own));
-    offset = mul(load_halves(reinterpret_cast<const uint16_t*>(super + 32)), load_unsigned(own + 16));
-    offset = sub(splat(0.0f), offset);
+    const uint8_t* own = at.scales + 64 + 32 * (kind == Scales::k_minimum ? at.place : 2 * at.place + half);
+    factor = mul(load_halves(halves), load_unsigned(own));
+    offset = sub(splat(0.0f), mul(load_halves(halves + LANES), load_unsigned(own + 16)));
   }
 }
 
@@ -98,22 +100,25 @@ template <Scales kind> inline Ints start(int zero, int32_t sum) {
   return splat_int(has_minimum(kind) ? 0 : -zero * sum);
 }
 
+// How far ahead weights are asked for: they come from memory, once.
+constexpr int AHEAD = 4096;
+
 // One panel times `count` rows, weights unpacked in registers.
 template <int bits, Scales kind, int count>
 void panel_times_rows(const Matrix& w, const uint8_t* panel, const QuantisedRow* rows, float (*out)[LANES]) {
   constexpr bool small = bits < 8;
   const int zero = w.facts().zero;
-  const uint8_t* scales = panel + w.weight_bytes;
   Floats result[count];
   for (int m = 0; m < count; m++) result[m] = splat(0.0f);
   for (int b = 0; b < w.blocks; b++) {
-    const uint8_t* weights = panel + static_cast<size_t>(b) * block_weight_bytes(bits);
-    if constexpr (count <= 2) prefetch(weights + 2048);
+    const BlockPlace at = block_place<bits, kind>(panel, b);
+    constexpr int span = static_cast<int>(unit_bytes(bits, kind)) / unit_blocks(kind);
+    for (int line = 0; line < span; line += 64) prefetch(at.weights + AHEAD + line);
     Bytes q[8];
-    load_block<bits>(weights, q);
+    load_block<bits>(at.weights, q);
     Floats factor, offset;
     if constexpr (!has_halves(kind)) {
-      block_scales<kind>(scales, b, 0, factor, offset);
+      block_scales<kind>(at, 0, factor, offset);
       for (int m = 0; m < count; m++) {
         const int8_t* x = rows[m].q + BLOCK * b;
         Ints first = start<kind>(zero, rows[m].half_sum[2 * b] + rows[m].half_sum[2 * b + 1]);
@@ -126,7 +131,7 @@ void panel_times_rows(const Matrix& w, const uint8_t* panel, const QuantisedRow*
       }
     } else {
       for (int half = 0; half < 2; half++) {
-        block_scales<kind>(scales, b, half, factor, offset);
+        block_scales<kind>(at, half, factor, offset);
         for (int m = 0; m < count; m++) {
           const int8_t* x = rows[m].q + BLOCK * b + 16 * half;
           const int32_t sum = rows[m].half_sum[2 * b + half];
@@ -155,14 +160,14 @@ inline size_t unpacked_bytes(int blocks) { return static_cast<size_t>(blocks) * 
 
 template <int bits, Scales kind> void unpack_panel(const Matrix& w, const uint8_t* panel, const Unpacked& out) {
   constexpr int halves = has_halves(kind) ? 2 : 1;
-  const uint8_t* scales = panel + w.weight_bytes;
   for (int b = 0; b < w.blocks; b++) {
     Bytes q[8];
-    load_block<bits>(panel + static_cast<size_t>(b) * block_weight_bytes(bits), q);
+    const BlockPlace at = block_place<bits, kind>(panel, b);
+    load_block<bits>(at.weights, q);
     for (int g = 0; g < 8; g++) store_bytes(out.bytes + 512 * static_cast<size_t>(b) + 64 * g, q[g]);
     for (int half = 0; half < halves; half++) {
       Floats factor, offset;
-      block_scales<kind>(scales, b, half, factor, offset);
+      block_scales<kind>(at, half, factor, offset);
       store(out.factors + LANES * (static_cast<size_t>(b) * halves + half), factor);
       if constexpr (has_minimum(kind)) store(out.offsets + LANES * (static_cast<size_t>(b) * halves + half), offset);
     }
@@ -302,6 +307,7 @@ void float_strip(const Matrix& w, const uint8_t* const* panel, const uint8_t* co
 template <int bits, Scales kind, int matrices>
 void quantised_panel(const Matrix* const* w, int panel, const Inputs& x, int rows, const Outputs& out, uint8_t* scratch) {
   QuantisedRow strip_rows[FEW_ROWS];
+  if (rows <= 0) return;
   if (rows <= FEW_ROWS) {
     float tile[2][FEW_ROWS][LANES];
     for (int m = 0; m < rows; m++) strip_rows[m] = quantised_row(x.row(m), w[0]->blocks);
@@ -441,16 +447,16 @@ template <int bits, Scales kind> void unpack_row_of(const Matrix& w, int row, fl
     }
   } else {
     constexpr int halves = has_halves(kind) ? 2 : 1;
-    const uint8_t* scales = panel + w.weight_bytes;
     for (int b = 0; b < w.blocks; b++) {
       Bytes q[8];
       uint8_t bytes[8][64];
       float factors[2][LANES], offsets[2][LANES];
-      load_block<bits>(panel + static_cast<size_t>(b) * block_weight_bytes(bits), q);
+      const BlockPlace at = block_place<bits, kind>(panel, b);
+      load_block<bits>(at.weights, q);
       for (int g = 0; g < 8; g++) store_bytes(bytes[g], q[g]);
       for (int half = 0; half < halves; half++) {
         Floats factor = splat(0.0f), offset = factor;
-        block_scales<kind>(scales, b, half, factor, offset);
+        block_scales<kind>(at, half, factor, offset);
         store(factors[half], factor);
         store(offsets[half], offset);
       }
@@ -476,7 +482,7 @@ void quantise_block(const float* x, int8_t* q, float* scale, float* sum_of, int3
   const Floats low = load(x), high = load(x + 16);
   const float most = largest(maximum(absolute(low), absolute(high)));
   const float finite = AYLLU_ISA::sum(add(mul(low, splat(0.0f)), mul(high, splat(0.0f))));  // 0, or NaN
-  const float inverse = most > 0.0f && finite == 0.0f ? 127.0f / most : 0.0f;
+  const float inverse = most > 1e-36f && finite == 0.0f ? 127.0f / most : 0.0f;
   const Ints a = to_ints(mul(low, splat(inverse))), b = to_ints(mul(high, splat(inverse)));
   store_signed(q, a);
   store_signed(q + 16, b);
@@ -572,7 +578,7 @@ float quantise_head(const float* head, int head_dim, int8_t* q) {
     most = std::max(most, std::fabs(head[k]));
     finite += head[k] * 0.0f;
   }
-  const float inverse = most > 0.0f && finite == 0.0f ? 127.0f / most : 0.0f;
+  const float inverse = most > 1e-36f && finite == 0.0f ? 127.0f / most : 0.0f;
   for (int k = 0; k < head_dim; k++) q[k] = static_cast<int8_t>(std::lrint(head[k] * inverse));
   return most / 127.0f + finite;
 }

@@ -72,6 +72,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [_C.c_char_p, *[_C.c_int32] * 3, *[_C.c_void_p] * 3, _C.c_int32, _C.c_void_p],
     ),
     "ayllu_unpack_rows": (_C.c_int32, [_C.c_char_p, *[_C.c_int32] * 3, _C.c_void_p, _C.c_void_p]),
+    "ayllu_rms_norm": (
+        _C.c_int32,
+        [_C.c_char_p, _C.c_void_p, _C.c_void_p, _C.c_float, _C.c_int32, _C.c_int32, _C.c_void_p],
+    ),
+    "ayllu_rotate": (_C.c_int32, [_C.c_char_p, *[_C.c_void_p] * 3, *[_C.c_int32] * 3]),
+    "ayllu_silu_multiply": (_C.c_int32, [_C.c_char_p, *[_C.c_void_p] * 2, _C.c_int32, _C.c_void_p]),
+    "ayllu_merge": (_C.c_int32, [_C.c_char_p, *[_C.c_void_p] * 4, _C.c_int32]),
     "ayllu_decoder_new": (_C.c_void_p, [_C.c_void_p, _C.c_void_p, _C.c_char_p, _C.c_int32]),
     "ayllu_decoder_free": (None, [_C.c_void_p]),
     "ayllu_decoder_set_layer": (None, [_C.c_void_p, *[_C.c_int32] * 5]),
@@ -104,7 +111,7 @@ def native_is_built() -> bool:
 @cache
 def native_library() -> Any:
     """The loaded library. Raises UnsupportedError where ayllu was installed without it, or with another's."""
-    path = Path(__file__).parent / _FILE
+    path = Path(os.environ.get("AYLLU_NATIVE_LIBRARY") or Path(__file__).parent / _FILE)
     try:
         library = ctypes.CDLL(str(path))
         for name, (result, arguments) in _SIGNATURES.items():
@@ -201,8 +208,15 @@ def pack(jobs: Sequence[PackJob], threads: int) -> None:
 
 
 def pack_matrix(encoding: str, stored: NDArray[np.uint8], cols: int, threads: int = 1) -> PackedMatrix:
-    """Pack rows [rows, bytes of a row] of a stored encoding. Keeps a copy of its own."""
-    rows = stored.shape[0]
+    """Pack rows [rows, bytes of a row] of a stored encoding. Keeps a copy of its own.
+
+    Raises UnsupportedError where the rows are not `cols` numbers in whole blocks.
+    """
+    rows, size = stored.shape
+    if size != stored_row_bytes(encoding, cols):
+        raise UnsupportedError(
+            f"Rows of {size} bytes are not {cols} numbers in {encoding}.", "Use a file that is not damaged."
+        )
     memory = NativeMemory(packed_bytes(encoding, rows, cols))
     pack(
         [
@@ -253,6 +267,63 @@ def unpacked(matrix: PackedMatrix, instruction_set: str | None = None) -> Floats
         "unpacking a matrix",
     )
     return out
+
+
+def rms_norm(x: Floats, weight: Floats | None, eps: float, instruction_set: str | None = None) -> Floats:
+    """x [n, cols] / sqrt(mean(x^2) + eps) * weight [cols]."""
+    out = np.empty_like(x)
+    given = None if weight is None else weight.ctypes.data
+    name = None if instruction_set is None else instruction_set.encode()
+    code = native_library().ayllu_rms_norm(name, x.ctypes.data, given, eps, *x.shape, out.ctypes.data)
+    check(code, "a norm")
+    return out
+
+
+def rotated(
+    heads: Floats, cos: Floats, sin: Floats, *, interleaved: bool, instruction_set: str | None = None
+) -> Floats:
+    """heads [n, head_dim] turned by angles whose cos and sin are [n, head_dim / 2]."""
+    out = heads.copy()
+    name = None if instruction_set is None else instruction_set.encode()
+    code = native_library().ayllu_rotate(
+        name, out.ctypes.data, cos.ctypes.data, sin.ctypes.data, *out.shape, interleaved
+    )
+    check(code, "a rotation")
+    return out
+
+
+def silu_multiply(gate: Floats, up: Floats, instruction_set: str | None = None) -> Floats:
+    """silu(gate) * up, both [n]."""
+    out = np.empty_like(gate)
+    name = None if instruction_set is None else instruction_set.encode()
+    code = native_library().ayllu_silu_multiply(
+        name, gate.ctypes.data, up.ctypes.data, len(gate), out.ctypes.data
+    )
+    check(code, "silu")
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxPart:
+    """A softmax over some keys: weighted sum of values [dim, a multiple of 16], with weights exp(score - best)
+    that add up to `total`."""
+
+    sums: Floats
+    best: float
+    total: float
+
+
+def merged(into: SoftmaxPart, part: SoftmaxPart, instruction_set: str | None = None) -> SoftmaxPart:
+    """The softmax over the keys of both."""
+    sums = into.sums.copy()
+    of = np.array([into.best, into.total], np.float32)
+    of_part = np.array([part.best, part.total], np.float32)
+    name = None if instruction_set is None else instruction_set.encode()
+    code = native_library().ayllu_merge(
+        name, sums.ctypes.data, of.ctypes.data, part.sums.ctypes.data, of_part.ctypes.data, len(sums)
+    )
+    check(code, "a softmax")
+    return SoftmaxPart(sums, float(of[0]), float(of[1]))
 
 
 def measure(what: str, threads: int, nbytes: int = 0, seconds: float = 0.2) -> float:

@@ -31,28 +31,29 @@ AVX512 uint64_t read_512(const uint8_t* p, size_t bytes) {
   return static_cast<uint64_t>(_mm512_reduce_add_epi64(_mm512_xor_si512(_mm512_xor_si512(a, b), _mm512_xor_si512(c, d))));
 }
 
-// 12 independent sums, as the matrix kernels have them; `turns` products each.
-#define AYLLU_PRODUCTS(attribute, name, type, zero, product)                        \
-  attribute double name(int64_t turns) {                                            \
-    type s[12];                                                                     \
-    for (int i = 0; i < 12; i++) s[i] = zero;                                       \
-    for (int64_t t = 0; t < turns; t++) {                                           \
-      _Pragma("GCC unroll 12") for (int i = 0; i < 12; i++) s[i] = product;         \
-      asm volatile("" ::: "memory");                                                \
-    }                                                                               \
-    double total = 0;                                                               \
-    for (int i = 0; i < 12; i++) {                                                  \
-      float lanes[16];                                                              \
-      std::memcpy(lanes, &s[i], sizeof s[i]);                                       \
-      total += lanes[0];                                                            \
-    }                                                                               \
-    return total;                                                                   \
+// 12 independent sums, as the matrix kernels have them; `turns` products each. Named one by one, and shown to the
+// compiler as changed: it would keep an array in memory, and compute a known sum beforehand.
+#define AYLLU_ONE(s, product) s = product(s); asm volatile("" : "+v"(s));
+#define AYLLU_PRODUCTS(attribute, name, type, zero, product)                                          \
+  attribute double name(int64_t turns) {                                                              \
+    type a = zero, b = a, c = a, d = a, e = a, f = a, g = a, h = a, i = a, j = a, k = a, l = a;       \
+    for (int64_t t = 0; t < turns; t++) {                                                             \
+      AYLLU_ONE(a, product) AYLLU_ONE(b, product) AYLLU_ONE(c, product) AYLLU_ONE(d, product)         \
+      AYLLU_ONE(e, product) AYLLU_ONE(f, product) AYLLU_ONE(g, product) AYLLU_ONE(h, product)         \
+      AYLLU_ONE(i, product) AYLLU_ONE(j, product) AYLLU_ONE(k, product) AYLLU_ONE(l, product)         \
+    }                                                                                                 \
+    return static_cast<double>(turns);                                                                \
   }
-AYLLU_PRODUCTS(AVX512, float_512, __m512, _mm512_setzero_ps(), _mm512_fmadd_ps(_mm512_set1_ps(1.0f), _mm512_set1_ps(1.5f), s[i]))
-AYLLU_PRODUCTS(AVX512, bf16_512, __m512, _mm512_setzero_ps(), _mm512_dpbf16_ps(s[i], (__m512bh)_mm512_set1_epi32(0x3F803F80), (__m512bh)_mm512_set1_epi32(0x3FC03FC0)))
-AYLLU_PRODUCTS(AVX512, int8_512, __m512i, _mm512_setzero_si512(), _mm512_dpbusd_epi32(s[i], _mm512_set1_epi8(3), _mm512_set1_epi8(5)))
-AYLLU_PRODUCTS(AVX2, float_256, __m256, _mm256_setzero_ps(), _mm256_fmadd_ps(_mm256_set1_ps(1.0f), _mm256_set1_ps(1.5f), s[i]))
-AYLLU_PRODUCTS(AVX2, int8_256, __m256i, _mm256_setzero_si256(), _mm256_add_epi32(s[i], _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(3), _mm256_set1_epi8(5)), _mm256_set1_epi16(1))))
+#define AYLLU_F512(s) _mm512_fmadd_ps(_mm512_set1_ps(1.0f), _mm512_set1_ps(1.5f), s)
+#define AYLLU_B512(s) _mm512_dpbf16_ps(s, (__m512bh)_mm512_set1_epi32(0x3F803F80), (__m512bh)_mm512_set1_epi32(0x3FC03FC0))
+#define AYLLU_I512(s) _mm512_dpbusd_epi32(s, _mm512_set1_epi8(3), _mm512_set1_epi8(5))
+#define AYLLU_F256(s) _mm256_fmadd_ps(_mm256_set1_ps(1.0f), _mm256_set1_ps(1.5f), s)
+#define AYLLU_I256(s) _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(3), _mm256_set1_epi8(5)), _mm256_set1_epi16(1)))
+AYLLU_PRODUCTS(AVX512, float_512, __m512, _mm512_setzero_ps(), AYLLU_F512)
+AYLLU_PRODUCTS(AVX512, bf16_512, __m512, _mm512_setzero_ps(), AYLLU_B512)
+AYLLU_PRODUCTS(AVX512, int8_512, __m512i, _mm512_setzero_si512(), AYLLU_I512)
+AYLLU_PRODUCTS(AVX2, float_256, __m256, _mm256_setzero_ps(), AYLLU_F256)
+AYLLU_PRODUCTS(AVX2, int8_256, __m256i, _mm256_setzero_si256(), AYLLU_I256)
 #endif
 
 uint64_t read_plain(const uint8_t* p, size_t bytes) {

@@ -92,39 +92,33 @@ int8_t q3_scale(const uint8_t* s, int j) {
   return static_cast<int8_t>((low | (high << 4)) - 32);
 }
 
-// The scales of source block `index` of a row, into the panel's at lane `lane`.
-void place_scales(int format, const uint8_t* block, int index, int lane, uint8_t* scales) {
-  const auto half_at = [&](uint8_t* at) { return reinterpret_cast<uint16_t*>(at) + lane; };
+// The scales of a source block into those of a unit, at lane `lane`. place: of the block in the unit.
+void place_scales(int format, const uint8_t* block, int place, int lane, uint8_t* scales) {
+  const auto half_at = [&](int row) { return scales + 2 * (LANES * row + lane); };
   switch (FORMATS[format].scales) {
     case Scales::zero:
-      std::memcpy(half_at(scales + 32 * static_cast<size_t>(index)), block, 2);
+      std::memcpy(half_at(place), block, 2);
       return;
     case Scales::minimum:
-      std::memcpy(half_at(scales + 64 * static_cast<size_t>(index)), block, 2);
-      std::memcpy(half_at(scales + 64 * static_cast<size_t>(index) + 32), block + 2, 2);
+      std::memcpy(half_at(0), block, 2);
+      std::memcpy(half_at(1), block + 2, 2);
       return;
-    case Scales::k_minimum: {
-      uint8_t* super = scales + 320 * static_cast<size_t>(index);
-      std::memcpy(half_at(super), block, 2);
-      std::memcpy(half_at(super + 32), block + 2, 2);
-      for (int j = 0; j < 8; j++) k_scales(block + 4, j, super + 64 + 32 * j + lane, super + 64 + 32 * j + 16 + lane);
+    case Scales::k_minimum:
+      std::memcpy(half_at(0), block, 2);
+      std::memcpy(half_at(1), block + 2, 2);
+      for (int j = 0; j < 8; j++) k_scales(block + 4, j, scales + 64 + 32 * j + lane, scales + 64 + 32 * j + 16 + lane);
       return;
-    }
-    case Scales::k_half: {
-      uint8_t* super = scales + 288 * static_cast<size_t>(index);
-      std::memcpy(half_at(super), block + (format == 6 ? 108 : 208), 2);
-      for (int j = 0; j < 16; j++) super[32 + 16 * j + lane] = format == 6 ? static_cast<uint8_t>(q3_scale(block + 96, j)) : block[192 + j];
+    case Scales::k_half:
+      std::memcpy(half_at(0), block + (format == 6 ? 108 : 208), 2);
+      for (int j = 0; j < 16; j++) scales[64 + 16 * j + lane] = format == 6 ? static_cast<uint8_t>(q3_scale(block + 96, j)) : block[192 + j];
       return;
-    }
-    default: {
-      uint8_t* super = scales + 576 * static_cast<size_t>(index);
-      std::memcpy(half_at(super), block + 80, 2);
-      std::memcpy(half_at(super + 32), block + 82, 2);
+    default:
+      std::memcpy(half_at(0), block + 80, 2);
+      std::memcpy(half_at(1), block + 82, 2);
       for (int j = 0; j < 16; j++) {
-        super[64 + 32 * j + lane] = block[j] & 15;
-        super[64 + 32 * j + 16 + lane] = block[j] >> 4;
+        scales[64 + 32 * j + lane] = block[j] & 15;
+        scales[64 + 32 * j + 16 + lane] = block[j] >> 4;
       }
-    }
   }
 }
 
@@ -174,18 +168,20 @@ void pack_panel(const Matrix& m, const uint8_t* rows, size_t stride, int panel, 
     return;
   }
   const SourceFacts& source = SOURCES[m.format];
-  const int bits = m.facts().bits;
+  const Format& facts = m.facts();
+  const int parts = source.elements / BLOCK, unit = unit_blocks(facts.scales);
   uint8_t q[256];
   // Block by block over all rows: what is written stays in the nearest cache.
-  for (int index = 0; index * source.elements < m.cols; index++)
+  for (int index = 0; index * source.elements < m.cols; index++) {
+    uint8_t* scales = out + static_cast<size_t>(index * parts / unit) * unit_bytes(facts.bits, facts.scales);
+    uint8_t* weights = scales + unit_scale_bytes(facts.scales) + (index * parts % unit) * block_weight_bytes(facts.bits);
     for (int lane = 0; lane < LANES && panel * LANES + lane < m.rows; lane++) {
       const uint8_t* block = rows + stride * static_cast<size_t>(panel * LANES + lane) + static_cast<size_t>(index) * static_cast<size_t>(source.bytes);
       numbers_of(m.format, block, q);
-      place_scales(m.format, block, index, lane, out + m.weight_bytes);
-      for (int part = 0; part < source.elements / BLOCK; part++)
-        place_numbers(bits, q + BLOCK * part, lane,
-                      out + static_cast<size_t>(index * (source.elements / BLOCK) + part) * static_cast<size_t>(block_weight_bytes(bits)));
+      place_scales(m.format, block, index % unit, lane, scales);
+      for (int part = 0; part < parts; part++) place_numbers(facts.bits, q + BLOCK * part, lane, weights + part * block_weight_bytes(facts.bits));
     }
+  }
 }
 
 }  // namespace ayllu

@@ -4,7 +4,6 @@
 
 #if defined(__linux__)
 #include <linux/futex.h>
-#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #else
@@ -22,8 +21,9 @@ namespace {
 // How long a thread spins for the next region: longer than the caller's work between two calls of one step,
 // far shorter than a person notices.
 constexpr auto SPIN = std::chrono::microseconds(60);
-// Turns of a meeting's wait after which the processor is offered to others: somebody needs it to get here.
-constexpr int PATIENCE = 20000;
+// Turns of a meeting's wait (some 100 microseconds) after which a thread sleeps: whoever is missing may need this
+// very processor. Threads are not pinned: beside one other busy process a pinned one made every step 30 times slower.
+constexpr int PATIENCE = 4000;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -57,22 +57,6 @@ void wake_all(std::atomic<uint32_t>&) {
 
 Pool::Pool(int threads) : threads_(threads < 1 ? 1 : threads), turn_(static_cast<size_t>(threads_)) {
   for (int thread = 1; thread < threads_; thread++) workers_.emplace_back([this, thread] { serve(thread); });
-#if defined(__linux__)
-  // One processor each, where there are as many: two threads on one would wait for each other all the time.
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0 && CPU_COUNT(&allowed) >= threads_) {
-    int cpu = -1;
-    for (int thread = 0; thread < threads_; thread++) {
-      do cpu++;
-      while (!CPU_ISSET(cpu, &allowed));
-      if (thread == 0) continue;  // the caller's thread is not ours to pin
-      cpu_set_t own;
-      CPU_ZERO(&own);
-      CPU_SET(cpu, &own);
-      pthread_setaffinity_np(workers_[static_cast<size_t>(thread) - 1].native_handle(), sizeof own, &own);
-    }
-  }
-#endif
 }
 
 Pool::~Pool() {
@@ -121,12 +105,17 @@ void Pool::meet() {
   const uint32_t meeting = meetings_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
-    meetings_.fetch_add(1, std::memory_order_release);
+    meetings_.fetch_add(1, std::memory_order_seq_cst);
+    if (waiting_.load(std::memory_order_seq_cst) > 0) wake_all(meetings_);
     return;
   }
   for (int turn = 0; meetings_.load(std::memory_order_acquire) == meeting; turn++) {
     pause();
-    if (turn > PATIENCE) std::this_thread::yield();
+    if (turn < PATIENCE) continue;
+    waiting_.fetch_add(1, std::memory_order_seq_cst);
+    while (meetings_.load(std::memory_order_seq_cst) == meeting) sleep_while(meetings_, meeting);
+    waiting_.fetch_sub(1, std::memory_order_seq_cst);
+    return;
   }
 }
 

@@ -61,6 +61,7 @@ class Pool {
   alignas(64) std::atomic<int> sleeping_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> meetings_{0};
+  std::atomic<int> waiting_{0};
   alignas(64) std::atomic<int> next_[2] = {};
   std::atomic<bool> ending_{false};
 };

@@ -5,15 +5,19 @@ Each source only brings verified files into a folder it is given; the store deci
 
 from __future__ import annotations
 
+import importlib
 import re
+from typing import TYPE_CHECKING, Any
 
 from ayllu.errors import UnknownModelError, UsageError, clip
 from ayllu.paths import expanded
-from ayllu.weights.sources.base import Source
-from ayllu.weights.sources.files import FileSource
-from ayllu.weights.sources.hub import HubSource
-from ayllu.weights.sources.packages import PackageSource
-from ayllu.weights.sources.web import WebSource
+
+if TYPE_CHECKING:
+    from ayllu.weights.sources.base import Source
+    from ayllu.weights.sources.files import FileSource
+    from ayllu.weights.sources.hub import HubSource
+    from ayllu.weights.sources.packages import PackageSource
+    from ayllu.weights.sources.web import WebSource
 
 __all__ = [
     "FORMS",
@@ -25,6 +29,22 @@ __all__ = [
     "looks_like_path",
     "parse_source",
 ]
+
+_PLACES = {
+    "FileSource": "files",
+    "HubSource": "hub",
+    "PackageSource": "packages",
+    "Source": "base",
+    "WebSource": "web",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when they are asked for: who only opens a model that is here needs no HTTP library.
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+
 
 FORMS = "hf:org/name[@revision][/file], pypi:package==version, or file:PATH"
 
@@ -41,10 +61,16 @@ def parse_source(text: str) -> Source | None:
 
     Raises UsageError for an unknown scheme or a malformed source.
     """
+    from ayllu.weights.sources.files import FileSource
+
     scheme, colon, rest = text.partition(":")
     if scheme == "hf" and colon:
+        from ayllu.weights.sources.hub import HubSource
+
         return HubSource.parse(text)
     if scheme == "pypi" and colon:
+        from ayllu.weights.sources.packages import PackageSource
+
         return PackageSource.parse(text)
     if scheme == "file" and colon:
         return FileSource(expanded(rest).absolute())
