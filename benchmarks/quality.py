@@ -165,6 +165,18 @@ class Quality:
         }
 
 
+def paired(ours: Quality, theirs: Quality) -> dict[str, tuple[float, float]]:
+    """Mean difference and its standard error, place by place: below zero, ours is nearer to exact."""
+    found = {}
+    for key, a, b in (
+        ("KL", ours.divergences, theirs.divergences),
+        ("loss", ours.losses, theirs.losses),
+    ):
+        difference = np.concatenate(a) - np.concatenate(b)
+        found[key] = (float(difference.mean()), float(difference.std() / np.sqrt(len(difference))))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="smollm2-135m-instruct")
@@ -202,6 +214,8 @@ def main() -> None:
         "window": WINDOW,
         **{name: quality.report() for name, quality in found.items() if quality.losses},
     }
+    if found["llama.cpp"].losses:
+        report["ayllu_minus_llama.cpp"] = paired(found["ayllu"], found["llama.cpp"])
     for name, quality in found.items():
         if quality.losses:
             told = quality.report()
@@ -209,6 +223,8 @@ def main() -> None:
                 f"{name:<18} perplexity {told['perplexity']:.4f}  KL mean {told['kl_mean']:.6f} "
                 f"median {told['kl_median']:.6f}  same likeliest {100 * told['same_likeliest_token']:.2f}%"
             )
+    for key, (mean, error) in report.get("ayllu_minus_llama.cpp", {}).items():
+        print(f"ayllu minus llama.cpp, {key}: {mean:+.6f} +- {error:.6f} (standard error, place by place)")
     print(f"written to {write_result('quality', report)}")
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ayllu import settings as settings_module
+from ayllu.engine import options as options_module
 from ayllu.errors import UsageError
 from ayllu.settings import Settings, load_settings
 
@@ -45,6 +47,9 @@ def test_an_empty_variable_is_no_value(tmp_path: Path) -> None:
         ("devise = 'cpu'", "Did you mean device"),
         ("timeout_s = -1", "timeout_s = -1"),
         ("timeout_s = 'x'", "ayllu.toml"),
+        ("runner = 'gpu'", "it should be auto, native or torch"),
+        ("threads = 0", "it should be a whole number from 1 to 1024"),
+        ("threads = true", "threads = True"),
     ],
 )
 def test_a_wrong_file_is_named(text: str, says: str, tmp_path: Path) -> None:
@@ -56,3 +61,15 @@ def test_a_named_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.toml"):
         with pytest.raises(UsageError, match="cannot be read"):
             load_settings({}, {"AYLLU_CONFIG": str(path)})
+
+
+def test_what_an_engine_may_be_told_is_the_same_here_and_there() -> None:
+    for name in ("RunnerName", "CacheType", "GpuWeights", "ExpertPlace", "Speculate"):
+        assert getattr(settings_module, name) == getattr(options_module, name), name
+
+
+def test_threads_come_as_a_number_from_anywhere(tmp_path: Path) -> None:
+    assert load_settings({}, _file(tmp_path, "threads = 3")).threads == 3
+    assert load_settings({}, _file(tmp_path, "") | {"AYLLU_THREADS": "4"}).threads == 4
+    with pytest.raises(UsageError, match="AYLLU_THREADS"):
+        load_settings({}, _file(tmp_path, "") | {"AYLLU_THREADS": "many"})

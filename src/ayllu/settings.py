@@ -12,13 +12,20 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import platformdirs
 
 from ayllu.errors import UsageError, did_you_mean
 
 ENVIRONMENT_PREFIX = "AYLLU_"
+
+# What `engine.options` says of each; rooms below do not import it, and a test compares them.
+RunnerName = Literal["auto", "native", "torch"]
+CacheType = Literal["auto", "int8"]
+GpuWeights = Literal["int4", "int4-128", "int8", "fp8"]
+ExpertPlace = Literal["auto", "memory", "disk"]
+Speculate = Literal["off", "lookup", "draft"]
 
 
 def _text(value: object) -> str:
@@ -43,12 +50,31 @@ def _timeout(value: object) -> float:
     return seconds
 
 
+def _threads(value: object) -> int:
+    count = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 5 else value
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 1024:
+        raise ValueError("it should be a whole number from 1 to 1024")
+    return count
+
+
+def _one_of(kind: Any) -> Callable[[object], str]:
+    """kind: a Literal of names."""
+    names = get_args(kind)
+
+    def read(value: object) -> str:
+        if value not in names:
+            raise ValueError(f"it should be {', '.join(names[:-1])} or {names[-1]}")
+        return str(value)
+
+    return read
+
+
 def _about(read: Callable[[object], Any], description: str) -> dict[str, Any]:
     """What a field's value is made with, from what was given (ValueError for what it cannot be), and told."""
     return {"read": read, "description": description}
 
 
-# Not a pydantic model, which would cost every command 70 ms of start for these five.
+# Not a pydantic model, which would cost every command 70 ms of start for these few.
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Every knob of ayllu that is not an argument of one command."""
@@ -67,6 +93,35 @@ class Settings:
     dtype: str = field(
         default="auto",
         metadata=_about(_text, "Precision of the weights in memory: auto, float32, bfloat16 or float16."),
+    )
+    runner: RunnerName = field(
+        default="auto",
+        metadata=_about(_one_of(RunnerName), "What computes: native, torch, or auto."),
+    )
+    threads: int | None = field(
+        default=None, metadata=_about(_threads, "Threads of the native runner; one per processor if not set.")
+    )
+    cache_type: CacheType = field(
+        default="auto",
+        metadata=_about(_one_of(CacheType), "How keys and values are kept: auto or int8."),
+    )
+    weights: GpuWeights | None = field(
+        default=None,
+        metadata=_about(
+            _one_of(GpuWeights),
+            "How weights are packed on an NVIDIA GPU: int4, int4-128, int8 or fp8.",
+        ),
+    )
+    experts: ExpertPlace = field(
+        default="auto",
+        metadata=_about(_one_of(ExpertPlace), "Where a mixture's experts are: memory, disk, or auto."),
+    )
+    speculate: Speculate | None = field(
+        default=None,
+        metadata=_about(_one_of(Speculate), "How tokens are drafted ahead: off, lookup or draft."),
+    )
+    draft: str | None = field(
+        default=None, metadata=_about(_text, "Smaller model of the same family that drafts.")
     )
     timeout_s: float = field(
         default=30.0,

@@ -7,6 +7,7 @@ what that moves across a border of bfloat16.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 
 from ayllu.engine.layer_groups import LayerGroup, fitting_block_tokens, layer_groups
 from ayllu.engine.native_adapters import NativeAdapters
+from ayllu.engine.native_images import TowerRows
 from ayllu.engine.native_runner import NativeRunner, native_decoder
 from ayllu.engine.packed_weights import pack_weights, unpackable
+from ayllu.engine.prepared import PreparedImage
 from ayllu.engine.step_runner import RunnerPiece
 from ayllu.kernels.native.library import Floats
 from ayllu.kernels.reference.quantised import bfloat16_inputs, rounded_inputs
@@ -34,7 +37,7 @@ from ayllu.weights.load import load_decoder
 from tests.model.tiny import tiny_llama, tiny_llama4, tiny_qwen2
 from tests.weights.small_checkpoints import random_checkpoint
 
-CHUNK_TILES = 8
+CHUNK_TILES = 16
 """Tiles of keys whose weights are rounded together (kernels.h)."""
 
 CONFIGS: dict[str, ModelConfig] = {
@@ -83,14 +86,24 @@ class NativeModel:
         """All blocks are free again, in another order."""
         self.free = [source.sample(range(self.blocks), self.blocks) for _ in self.groups]
 
-    def sequence(self, tokens: Sequence[int], adapter: str | None = None) -> NativeSequence:
+    def sequence(
+        self,
+        tokens: Sequence[int],
+        adapter: str | None = None,
+        images: tuple[PreparedImage, ...] = (),
+    ) -> NativeSequence:
         if not self.free:
             self.free = [list(range(self.blocks))[::-1] for _ in self.groups]
-        return NativeSequence(self, list(tokens), adapter)
+        return NativeSequence(self, list(tokens), adapter, images)
 
-    def whole(self, tokens: Sequence[int], adapter: str | None = None) -> Floats:
+    def whole(
+        self,
+        tokens: Sequence[int],
+        adapter: str | None = None,
+        images: tuple[PreparedImage, ...] = (),
+    ) -> Floats:
         """Hidden states [tokens, D], computed in as few steps as the chunks allow; its blocks come back."""
-        sequence = self.sequence(tokens, adapter)
+        sequence = self.sequence(tokens, adapter, images)
         while sequence.left:
             step(self, [(sequence, sequence.left)])
         sequence.drop()
@@ -103,8 +116,15 @@ class NativeModel:
 class NativeSequence:
     """Tokens that go through the runner piece by piece, in blocks of their own."""
 
-    def __init__(self, model: NativeModel, tokens: list[int], adapter: str | None) -> None:
+    def __init__(
+        self,
+        model: NativeModel,
+        tokens: list[int],
+        adapter: str | None,
+        images: tuple[PreparedImage, ...],
+    ) -> None:
         self.model = model
+        self.images = images
         self.tokens = tokens
         self.adapter = adapter
         self.done = 0
@@ -132,8 +152,14 @@ class NativeSequence:
                     table.clear()
             while len(table) * self.model.block_tokens < stop - begin:
                 table.append(free.pop())
+        vision = self.model.config.vision
         return RunnerPiece(
-            self.tokens[start:stop], start, [list(table) for table in self.tables], self.adapter
+            self.tokens[start:stop],
+            start,
+            [list(table) for table in self.tables],
+            self.adapter,
+            self.images,
+            0 if vision is None else self.tokens[:start].count(vision.patch_token_id),
         )
 
     def take(self, hidden: Floats) -> None:
@@ -176,7 +202,12 @@ def native_model(
     blocks = -(-tokens // size)
     decoder.make_cache([blocks] * len(groups), size, int8=int8)
     return NativeModel(
-        NativeRunner(decoder, NativeAdapters(decoder, checkpoint.config)),
+        NativeRunner(
+            checkpoint.config,
+            decoder,
+            NativeAdapters(decoder, checkpoint.config),
+            (lambda: TowerRows(checkpoint, 1 << 20)) if checkpoint.config.vision else None,
+        ),
         checkpoint.config,
         groups,
         size,
@@ -195,13 +226,21 @@ class TorchModel:
         return TorchModel(load_decoder(checkpoint, dtype=torch.float32))
 
     @torch.no_grad()
-    def whole(self, tokens: Sequence[int], block_tokens: int | None = None) -> Floats:
+    def whole(
+        self,
+        tokens: Sequence[int],
+        block_tokens: int | None = None,
+        images: Sequence[PreparedImage] = (),
+    ) -> Floats:
         """Hidden states [tokens, D]; with `block_tokens`, attention rounds as the native runner's does."""
         positions = torch.arange(len(tokens))[None]
         attend: Attend = WholeSequence(self.decoder.config.layers, positions)
         if block_tokens is not None:
             attend = RoundedAttention(self.decoder.config.layers, block_tokens)
-        hidden: Tensor = self.decoder(self.decoder.embed(torch.tensor([list(tokens)])), positions, attend)
+        pixels = [torch.from_numpy(image.pixels) for image in images]
+        rows = self.decoder.image_rows(torch.cat(pixels)) if pixels else None
+        embedded = self.decoder.embed(torch.tensor([list(tokens)]), rows)
+        hidden: Tensor = self.decoder(embedded, positions, attend)
         return hidden[0].numpy()
 
     @torch.no_grad()
@@ -212,7 +251,7 @@ class TorchModel:
 
 @contextmanager
 def rounding_inputs(decoder: Decoder, encoding: str) -> Iterator[None]:
-    """Inside, every matrix of the decoder sees its inputs rounded as the native runner's of `encoding` does."""
+    """Inside, every matrix sees its inputs rounded as the native runner's of `encoding` does."""
     if encoding in ("F32", "F16"):
         yield
         return
@@ -233,8 +272,9 @@ def rounding_inputs(decoder: Decoder, encoding: str) -> Iterator[None]:
 class RoundedAttention:
     """An `Attend` for one whole sequence, [1, S, heads, head_dim], that rounds where the native one does.
 
-    Keys are taken in chunks of eight tiles; a tile is the largest part of a block of at most 16 keys. Weights
-    relative to their chunk's best are rounded, what they are divided by is not.
+    Queries are scaled so that weights are powers of two before anything is rounded. Keys are taken in chunks
+    of sixteen tiles; a tile is the largest part of a block of at most 16 keys. Weights relative to their
+    chunk's best are rounded, what they are divided by is not.
     """
 
     def __init__(self, layers: Sequence[LayerSpec], block_tokens: int) -> None:
@@ -244,7 +284,7 @@ class RoundedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         share, dim = q.shape[2] // k.shape[2], q.shape[3]
-        q = _rounded(q[0] * dim**-0.5)
+        q = _rounded(q[0] * (dim**-0.5 / math.log(2)))
         k, v = (_rounded(x[0]).repeat_interleave(share, 1) for x in (k, v))
         out = torch.empty_like(q)
         chunk = self._layers[layer].chunk
@@ -259,10 +299,10 @@ class RoundedAttention:
         for keys, values in zip(k.split(self._keys), v.split(self._keys), strict=True):
             scores = torch.einsum("hd,thd->ht", q, keys)
             bests.append(scores.amax(-1))
-            weights = (scores - bests[-1][:, None]).exp()
+            weights = (scores - bests[-1][:, None]).exp2()
             totals.append(weights.sum(-1))
             sums.append(torch.einsum("ht,thd->hd", _rounded(weights), values))
-        shares = (torch.stack(bests) - torch.stack(bests).amax(0)).exp()
+        shares = (torch.stack(bests) - torch.stack(bests).amax(0)).exp2()
         total = (shares * torch.stack(totals)).sum(0)
         return (shares[..., None] * torch.stack(sums)).sum(0) / total[:, None]
 

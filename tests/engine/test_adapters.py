@@ -1,4 +1,4 @@
-"""Adapters at work in torch: equal to PEFT, to merged weights and to themselves alone, loaded and unloaded in use.
+"""Adapters at work in torch: equal to PEFT, to merged weights, and to themselves alone.
 
 Names, versions and limits, which both runners share: `test_adapter_set`.
 """

@@ -10,7 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ayllu.engine.memory_plan import MIN_CONTEXT, MemoryPlan, plan_memory, size_text
+from ayllu.engine.native_needs import NativeNeeds
 from ayllu.engine.options import DEFAULT_SLOTS, EngineOptions
+from ayllu.engine.runner_needs import ModelNeeds, TorchNeeds
 from ayllu.engine.working_memory import working_bytes
 from ayllu.errors import NoSpaceError, UsageError
 from ayllu.model.config import LayerSpec, ModelConfig
@@ -43,14 +45,25 @@ CONFIGS = {
 PLENTY = 1 << 60
 
 
-def _plan(config: ModelConfig, available: int = PLENTY, bytes_per_value: int = 2, **options) -> MemoryPlan:
+def _needs(config: ModelConfig, bytes_per_value: int = 2) -> ModelNeeds:
+    return ModelNeeds(
+        config, config.parameters * bytes_per_value, TorchNeeds(config, bytes_per_value=bytes_per_value)
+    )
+
+
+def _plan(
+    config: ModelConfig,
+    available: int = PLENTY,
+    bytes_per_value: int = 2,
+    draft: ModelConfig | None = None,
+    **options,
+) -> MemoryPlan:
     return plan_memory(
-        config,
-        weight_bytes=config.parameters * bytes_per_value,
+        _needs(config, bytes_per_value),
         available_bytes=available,
-        bytes_per_value=bytes_per_value,
         options=EngineOptions(**options),
         model_name="some-model",
+        draft=None if draft is None else _needs(draft, bytes_per_value),
     )
 
 
@@ -297,10 +310,8 @@ def test_a_conversation_is_offered_without_slots_and_under_its_own_command() -> 
 def test_a_name_with_spaces_can_be_pasted_into_a_shell() -> None:
     with pytest.raises(NoSpaceError, match=r"ayllu chat '/my models/x.gguf' --context"):
         plan_memory(
-            SMOLLM2,
-            weight_bytes=10,
+            replace(_needs(SMOLLM2), weight_bytes=10),
             available_bytes=600 << 20,
-            bytes_per_value=2,
             options=EngineOptions(slots=64),
             model_name="/my models/x.gguf",
         )

@@ -1,8 +1,8 @@
 """Whatever else the native runner computes at the same time, a request gets the bits it would get alone.
 
-Random mixes as in `test_core_exactness`: lengths, arrival, priorities, tenants, shared beginnings, adapters,
-n answers, caches so small that requests are preempted, steps so small that prompts come in pieces; and drafts
-besides, right and wrong ones. Log-probabilities are compared exactly, so tokens follow.
+Random mixes as in `test_core_exactness`: lengths, arrival, priorities, tenants, shared beginnings, images,
+adapters, n answers, caches so small that requests are preempted, steps so small that prompts come in pieces;
+and drafts besides, right and wrong ones. Log-probabilities are compared exactly, so tokens follow.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ayllu.weights.checkpoint import Checkpoint
 from tests.engine.cores import STOP_ID, TOKENIZER, all_blocks_free, run
 from tests.engine.native_models import NativeModel, native_model, saved, step
 from tests.engine.small_adapters import write_adapter
+from tests.engine.test_core_exactness import _images, _prompt
 from tests.engine.test_speculation import Always, Answer, Scripted, answer_of
 from tests.kernels.native_blocks import SETS
 from tests.model.tiny import tiny_llama, tiny_llama4, tiny_qwen2
@@ -39,14 +40,14 @@ MIXES = 24
 CONFIGS: dict[str, ModelConfig] = {
     "llama": tiny_llama(),
     "qwen2": tiny_qwen2(),
-    "llama4-step1": tiny_llama4(layers=4),
+    "llama4-step1": tiny_llama4(layers=4, vision=True),
     "llama4-step2": tiny_llama4(layers=4, expert_step=2, qk_norm=False, top_k=2),
 }
 
 
 @dataclass
 class Family:
-    """One architecture: float32 and 4-bit weights, and two adapters."""
+    """One architecture in three precisions, and two adapters."""
 
     checkpoints: list[Checkpoint]
     adapters: dict[str, Adapter]
@@ -99,9 +100,9 @@ class Family:
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     config = CONFIGS[request.param]
     folder: Path = tmp_path_factory.mktemp("family")
-    checkpoints = [
-        saved(config, folder / f"{encoding}.gguf", encoding=encoding) for encoding in ("F32", "Q4_0", "BF16")
-    ]
+    # GGUF keeps no image tower, and a folder no 4-bit weights.
+    suffix, encodings = ("", ("F32", "F16", "BF16")) if config.vision else (".gguf", ("F32", "Q4_0", "BF16"))
+    checkpoints = [saved(config, folder / f"{encoding}{suffix}", encoding=encoding) for encoding in encodings]
     adapters = {}
     for seed, name in enumerate(("one", "two")):
         # The file's config: GGUF has another rotary layout.
@@ -110,17 +111,18 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Family(checkpoints, adapters)
 
 
-def _requests(source: random.Random) -> list[PreparedRequest]:
+def _requests(source: random.Random, config: ModelConfig) -> list[PreparedRequest]:
     shared = [source.randrange(90) for _ in range(60)]
+    images = _images(source, config)
     made = []
     for number in range(source.randint(2, 9)):
-        length = source.choice((1, 2, 7, 8, 9, 16, 17, source.randint(1, 60)))
-        tokens = shared[: source.randint(0, length)]
+        tokens, chosen = _prompt(source, config, shared, images)
         greedy = source.random() < 0.5
         made.append(
             PreparedRequest(
                 id=str(number),
-                token_ids=tokens + [source.randrange(90) for _ in range(length - len(tokens))],
+                token_ids=tokens,
+                images=chosen,
                 max_new_tokens=source.choice((1, 2, 9, source.randint(1, 24))),
                 sampling=GREEDY if greedy else Sampling(temperature=1.0, seed=source.randrange(99)),
                 stop_ids=frozenset({STOP_ID}) if source.random() < 0.5 else frozenset(),
@@ -160,7 +162,7 @@ def test_any_mix_of_requests_gets_the_answers_of_each_alone(family: Family, mix:
         "int8": source.random() < 0.3,
         "instructions": source.choice(SETS),
     }
-    requests = _requests(source)
+    requests = _requests(source, family.checkpoints[0].config)
     expected = {request.id: family.alone(request, **same) for request in requests}
     slots = source.randint(1, 6)
     core = family.core(
@@ -168,7 +170,7 @@ def test_any_mix_of_requests_gets_the_answers_of_each_alone(family: Family, mix:
         step_tokens=slots + source.choice((0, 3, 8, 30)),
         # As little as one request needs, or a little more: then they drive each other out.
         blocks={
-            "global": source.randint(84, 150) // same["block_tokens"],
+            "global": source.randint(96, 150) // same["block_tokens"],
             "chunk 8": source.randint(8, 30) // same["block_tokens"],
         },
         prefix_cache=source.random() < 0.8,

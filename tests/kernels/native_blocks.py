@@ -1,4 +1,4 @@
-"""Stored rows of every format out of random bytes, and the numbers they stand for, for tests of the kernels."""
+"""Stored rows of every format out of random bytes, and the numbers that they stand for, for tests."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def test_swiglu_is_the_twins_within_float_rounding(instructions: str, encoding: 
 
 @each_set
 @pytest.mark.parametrize("encoding", QUANTISED)
-def test_rounded_inputs_cost_at_most_half_a_scale_each(instructions: str, encoding: str) -> None:
+def test_rounded_inputs_cost_no_more_than_stated(instructions: str, encoding: str) -> None:
     """The stated bound of int8 inputs holds for the exact product; usually the error is far below it."""
     columns = whole_columns(encoding, 512)
     matrix, numbers = random_matrix(encoding, 64, columns, 5)

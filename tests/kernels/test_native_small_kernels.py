@@ -76,15 +76,15 @@ def _part(rng: np.random.Generator, best: float, dim: int = 48) -> SoftmaxPart:
 
 
 @each_set
-def test_an_exponential_is_within_two_units_in_the_last_place(instructions: str) -> None:
-    """Read off a merge: a part that is `distance` below the best counts e^-distance times."""
+def test_a_power_of_two_is_right_to_a_hundredth_of_bfloat16s_last_place(instructions: str) -> None:
+    """Read off a merge: a part that is `distance` below the best counts 2^-distance times."""
     worst = 0.0
-    for distance in np.linspace(0, 87, 4001, dtype=np.float32):
+    for distance in np.linspace(0, 125, 4001, dtype=np.float32):
         nothing = SoftmaxPart(np.zeros(16, np.float32), 0.0, 0.0)
         found = merged(nothing, SoftmaxPart(np.ones(16, np.float32), float(-distance), 1.0), instructions)
-        exact = np.exp(-distance.astype(np.float64))
-        worst = max(worst, abs(found.sums[3] - exact) / np.spacing(np.float32(exact)))
-    assert worst <= 2
+        exact = 2.0 ** -distance.astype(np.float64)
+        worst = max(worst, abs(found.sums[3] / exact - 1))
+    assert worst < 6e-6
 
 
 @each_set
@@ -92,7 +92,7 @@ def test_parts_merge_into_the_whole_softmax_in_any_order(instructions: str) -> N
     rng = np.random.default_rng(0)
     parts = [_part(rng, best) for best in (-3.0, 50.0, 49.5, -200.0, 12.0)]
     exact_best = max(part.best for part in parts)
-    shares = [np.exp(np.float64(part.best) - exact_best) for part in parts]
+    shares = [2.0 ** (np.float64(part.best) - exact_best) for part in parts]
     sums = sum(share * part.sums.astype(np.float64) for share, part in zip(shares, parts, strict=True))
     total = sum(share * part.total for share, part in zip(shares, parts, strict=True))
     for order in (parts, parts[::-1], [parts[i] for i in (2, 0, 4, 1, 3)]):
@@ -100,8 +100,8 @@ def test_parts_merge_into_the_whole_softmax_in_any_order(instructions: str) -> N
         for part in order[1:]:
             found = merged(found, part, instructions)
         assert found.best == exact_best
-        np.testing.assert_allclose(found.total, total, rtol=1e-6)
-        np.testing.assert_allclose(found.sums, sums, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.total, total, rtol=2e-5)
+        np.testing.assert_allclose(found.sums, sums, rtol=2e-5, atol=1e-5)
 
 
 @each_set

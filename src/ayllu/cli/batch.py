@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ayllu.cli import engine_flags
+
 if TYPE_CHECKING:
     from ayllu.engine.batch.output import Output
     from ayllu.engine.batch.run import BatchRun, Tally
@@ -46,8 +48,15 @@ def batch(
     context: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a prompt and its answer. Default: 8192, or less.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    device: engine_flags.Device = None,
+    dtype: engine_flags.Dtype = None,
+    runner: engine_flags.Runner = None,
+    threads: engine_flags.Threads = None,
+    cache_type: engine_flags.CacheType = None,
+    weights: engine_flags.Weights = None,
+    experts: engine_flags.Experts = None,
+    speculate: engine_flags.Speculate = None,
+    draft: engine_flags.Draft = None,
     deterministic: Annotated[
         bool,
         typer.Option("--deterministic", help="The same answers to the bit, whatever runs beside; slower."),
@@ -85,11 +94,21 @@ def batch(
     from ayllu.engine.batch.file import Ids, survey
     from ayllu.engine.batch.output import Output
 
+    flags = {
+        "device": device,
+        "dtype": dtype,
+        "runner": runner,
+        "threads": threads,
+        "cache_type": cache_type,
+        "weights": weights,
+        "experts": experts,
+        "speculate": speculate,
+        "draft": draft,
+    }
     native = {
         "--model": model,
         "--context": context,
-        "--device": device,
-        "--dtype": dtype,
+        **{engine_flags.flag_of(name): value for name, value in flags.items()},
         "--deterministic": deterministic or None,
         "--pull": pull or None,
     }
@@ -121,8 +140,7 @@ def batch(
                         pull=pull,
                         slots=slots,
                         context=context,
-                        device=device,
-                        dtype=dtype,
+                        flags=flags,
                         deterministic=deterministic,
                     )
                 return _open_remote(
@@ -174,26 +192,24 @@ def _open_native(
     pull: bool,
     slots: int | None,
     context: int | None,
-    device: str | None,
-    dtype: str | None,
+    flags: Mapping[str, object],
     deterministic: bool,
 ) -> tuple[Engine, list[str]]:
     """The engine, and the names that requests may call its model by."""
     from ayllu.cli.opening import find_or_pull
     from ayllu.engine.native import open_engine
-    from ayllu.engine.options import EngineOptions
     from ayllu.progress import TerminalProgress
     from ayllu.settings import load_settings
 
-    settings = load_settings({"device": device, "dtype": dtype})
+    settings = load_settings(flags)
     installed = find_or_pull(model, pull, settings)
-    options = EngineOptions(
+    options = engine_flags.engine_options(
+        settings,
+        command=shlex.join(["ayllu", "batch", str(file), *(["--model", model] if model else [])]),
+        pull=pull,
         slots=slots,
         context=context,
-        device=settings.device,
-        dtype=settings.dtype,
         deterministic=deterministic,
-        command=shlex.join(["ayllu", "batch", str(file), *(["--model", model] if model else [])]),
     )
     engine = open_engine(installed.path, options, TerminalProgress(), installed.name)
     for note in engine.notes:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ayllu.cli import engine_flags
+
 if TYPE_CHECKING:
     from ayllu.engine.reply import Reply
 
@@ -37,8 +39,15 @@ def chat(
     context: Annotated[
         int | None, typer.Option(min=2, help="Context window in tokens. Default: 8192, or the model's own.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    device: engine_flags.Device = None,
+    dtype: engine_flags.Dtype = None,
+    runner: engine_flags.Runner = None,
+    threads: engine_flags.Threads = None,
+    cache_type: engine_flags.CacheType = None,
+    weights: engine_flags.Weights = None,
+    experts: engine_flags.Experts = None,
+    speculate: engine_flags.Speculate = None,
+    draft: engine_flags.Draft = None,
     pull: Annotated[bool, typer.Option("--pull", help="Fetch the model first if it is not here.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object.")] = False,
     timing: Annotated[
@@ -56,7 +65,6 @@ def chat(
     from ayllu.cli.terminal import read_image
     from ayllu.engine.model_files import is_encoder
     from ayllu.engine.native import open_engine
-    from ayllu.engine.options import EngineOptions
     from ayllu.engine.parameters import Sampling
     from ayllu.engine.reply import Reply
     from ayllu.engine.requests import ChatPrompt, GenerateRequest
@@ -65,7 +73,18 @@ def chat(
     from ayllu.settings import load_settings
 
     clock = Timing()
-    settings = load_settings({"device": device, "dtype": dtype})
+    flags = {
+        "device": device,
+        "dtype": dtype,
+        "runner": runner,
+        "threads": threads,
+        "cache_type": cache_type,
+        "weights": weights,
+        "experts": experts,
+        "speculate": speculate,
+        "draft": draft,
+    }
+    settings = load_settings(flags)
     one_answer = prompt is not None or as_json or not _at_terminal()
     question = _question(prompt) if one_answer else None
     images = [read_image(path) for path in image or ()]
@@ -83,12 +102,12 @@ def chat(
             f"{installed.name} is an embedding model: it makes vectors of texts and cannot talk.",
             "Choose a model that generates (`ayllu list`).",
         )
-    options = EngineOptions(
+    options = engine_flags.engine_options(
+        settings,
+        command=f"ayllu chat {shlex.quote(model or installed.name)}",
+        pull=pull,
         context=context,
         slots=1,
-        device=settings.device,
-        dtype=settings.dtype,
-        command=f"ayllu chat {shlex.quote(model or installed.name)}",
     )
     # What `ayllu.cli.start` has begun, if this was started as a program.
     launched = run.obj

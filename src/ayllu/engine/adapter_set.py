@@ -1,7 +1,7 @@
-"""Which LoRA adapters are loaded beside a decoder, under which names, and who still needs them. Needs no torch.
+"""Which LoRA adapters are loaded beside a decoder, under which names, and who still needs them.
 
-What it means to place one is the runner's affair: `adapters` does it in torch, `native_adapters` in native
-code.
+Needs no torch. What it means to place one is the runner's affair: `adapters` does it in torch,
+`native_adapters` in native code.
 """
 
 from __future__ import annotations

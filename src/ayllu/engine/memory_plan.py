@@ -1,7 +1,8 @@
 """Decides before anything is loaded how much context, how many slots and cache blocks a machine can hold.
 
 Weights + keys and values of `slots` contexts + working memory of one step + image features have to fit into
-what is free. All in whole bytes. What does not fit is refused with a command that does. Needs no torch.
+what is free; with a draft model, its own beside them. What a runner takes it says itself (`runner_needs`).
+All in whole bytes. What does not fit is refused with a command that does. Needs no torch.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from dataclasses import dataclass, replace
 from ayllu.engine.layer_groups import LayerGroup, fitting_block_tokens, layer_groups
 from ayllu.engine.options import DEFAULT_SLOTS, EngineOptions
 from ayllu.engine.parameters import DEFAULT_CONTEXT
-from ayllu.engine.working_memory import working_bytes
+from ayllu.engine.runner_needs import ModelNeeds
 from ayllu.errors import NoSpaceError, UsageError
-from ayllu.model.config import ModelConfig
 
 MIN_CONTEXT = 512
 """A context that nobody asked for shrinks to this before the model is refused: a question and an answer."""
@@ -30,7 +30,8 @@ class MemoryPlan:
     """What an engine will hold. blocks: cache blocks of `block_tokens` tokens per layer group, by its name.
 
     Of these bytes, working_bytes and image_cache_bytes are upper bounds. wanted_context: what was asked for,
-    or the default, where `context` had to be smaller.
+    or the default, where `context` had to be smaller. disk_bytes: of experts that stay on disk; weight_bytes
+    has only those that one token reads. draft: what the draft model beside it will hold.
     """
 
     context: int
@@ -45,10 +46,13 @@ class MemoryPlan:
     available_bytes: int
     context_bytes: int
     wanted_context: int
+    disk_bytes: int = 0
+    draft: MemoryPlan | None = None
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes + self.working_bytes + self.image_cache_bytes
+        own = self.weight_bytes + self.kv_bytes + self.working_bytes + self.image_cache_bytes
+        return own + (self.draft.total_bytes if self.draft else 0)
 
     @property
     def block_counts(self) -> tuple[int, ...]:
@@ -58,15 +62,18 @@ class MemoryPlan:
     def lines(self) -> tuple[str, ...]:
         """The plan for a person: the sum, the blocks, and what had to be smaller than wanted."""
         images = f" + images {size_text(self.image_cache_bytes)}" if self.image_cache_bytes else ""
+        draft = f" + draft model {size_text(self.draft.total_bytes)}" if self.draft else ""
         per_token = size_text(self.context_bytes // self.context)
         lines = [
             f"weights {size_text(self.weight_bytes)} + cache {size_text(self.kv_bytes)} "
             f"({self.slots} x {self.context:,} tokens, {per_token} a token) + working "
-            f"{size_text(self.working_bytes)}{images} = {size_text(self.total_bytes)} "
+            f"{size_text(self.working_bytes)}{images}{draft} = {size_text(self.total_bytes)} "
             f"of {size_text(self.available_bytes)} free",
             f"cache blocks of {self.block_tokens} tokens: "
             + ", ".join(f"{name} {count:,}" for name, count in self.blocks.items()),
         ]
+        if self.disk_bytes:
+            lines.append(f"experts {size_text(self.disk_bytes)} stay on disk, those in use in free memory")
         if self.context < self.wanted_context:
             lines.append(
                 f"context {self.context:,} instead of {self.wanted_context:,} tokens: more does not fit"
@@ -85,37 +92,38 @@ class MemoryPlan:
             "image_cache_bytes": self.image_cache_bytes,
             "total_bytes": self.total_bytes,
             "available_bytes": self.available_bytes,
+            "disk_bytes": self.disk_bytes,
         }
+        if self.draft:
+            facts["draft_bytes"] = self.draft.total_bytes
         return facts | {f"blocks {name}": count for name, count in self.blocks.items()}
 
 
 def plan_memory(
-    config: ModelConfig,
+    needs: ModelNeeds,
     *,
-    weight_bytes: int,
     available_bytes: int,
-    bytes_per_value: int,
     options: EngineOptions,
     model_name: str,
-    expands_heads: bool = False,
+    draft: ModelNeeds | None = None,
 ) -> MemoryPlan:
-    """The plan for a model of `weight_bytes` whose cache takes `bytes_per_value` per number.
+    """The plan for a model and the runner that computes it.
 
     Without a wish: the model's context, at most 8,192 tokens, and as many slots, at most 8, as fit into half
     of what is left beside weights and working memory; where not even one fits at all, less context. What
     `options` ask for is kept as asked. `kv_bytes`, if given, is the cache's size: it holds one context at
-    least, and asked slots share it whatever their number. expands_heads: see `working_bytes`.
+    least, and asked slots share it whatever their number. draft: a draft model, which gets a cache of its own
+    for the same slots and contexts, as far as it reads.
 
     Raises UsageError for a context beyond the model's, NoSpaceError for what does not fit.
     """
-    longest = config.max_position_embeddings
+    longest = needs.config.max_position_embeddings
     if options.context is not None and options.context > longest:
         raise UsageError(
             f"A context of {options.context} tokens is out of range.",
             f"This model takes 1 to {longest} tokens.",
         )
-    machine = _Machine(config, weight_bytes, available_bytes, bytes_per_value, expands_heads)
-    choice = _Choice(machine, options)
+    choice = _Choice(_Machine(needs, available_bytes, draft), options)
     plan = choice.plan()
     if plan is None:
         raise NoSpaceError(choice.problem(model_name), _way_out(choice, model_name))
@@ -124,35 +132,39 @@ def plan_memory(
 
 @dataclass(frozen=True)
 class _Machine:
-    """What is given: the model and the memory."""
+    """What is given: the model, the memory, and a draft model if there is one."""
 
-    config: ModelConfig
-    weight_bytes: int
+    needs: ModelNeeds
     available_bytes: int
-    bytes_per_value: int
-    expands_heads: bool
+    draft: ModelNeeds | None
 
-    def in_bfloat16(self) -> _Machine:
-        """The same with numbers of two bytes; weights that take less already stay as they are."""
-        weights = min(self.weight_bytes, 2 * self.config.parameters)
-        return replace(self, weight_bytes=weights, bytes_per_value=2)
+    def in_bfloat16(self) -> _Machine | None:
+        """The same with numbers of two bytes; None where that is nothing smaller."""
+        needs = self.needs.in_bfloat16()
+        draft = self.draft and (self.draft.in_bfloat16() or self.draft)
+        return None if needs is None else replace(self, needs=needs, draft=draft)
 
 
 class _Choice:
     """Which contexts and slots fit on a machine under given options."""
 
     def __init__(self, machine: _Machine, options: EngineOptions) -> None:
-        config = machine.config
+        config = machine.needs.config
         self.machine = machine
+        self.needs = machine.needs
         self.options = options
         self.groups = layer_groups(config)
         self.block_tokens = fitting_block_tokens(self.groups, options.block_tokens)
-        self.token_bytes = 2 * config.num_key_value_heads * config.head_dim * machine.bytes_per_value
+        self.block_bytes = self.needs.runner.block_bytes(self.block_tokens)
         self.image_cache_bytes = options.image_cache_bytes if config.vision else 0
         self.wanted_context = options.context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
         self.least_context = options.context or min(self.wanted_context, MIN_CONTEXT)
         self.most_slots = options.slots or min(DEFAULT_SLOTS, options.step_tokens)
         self.least_slots = options.slots or 1
+        self.draft: _Choice | None = None
+        if machine.draft is not None:
+            own = replace(options, kv_bytes=None, context=None)
+            self.draft = _Choice(_Machine(machine.draft, machine.available_bytes, None), own)
 
     def plan(self) -> MemoryPlan | None:
         """The largest that fits: context before slots, slots before remembered blocks."""
@@ -164,7 +176,21 @@ class _Choice:
             for slots in range(self.most_slots, self.least_slots - 1, -1)
             if slots == self.least_slots or self.fits(context, slots, *SHARE)
         )
-        blocks = self.blocks(context, slots)
+        return replace(
+            self.plan_of(context, slots, self.blocks(context, slots)),
+            image_cache_bytes=self.image_cache_bytes,
+            wanted_context=self.wanted_context,
+            draft=None if self.draft is None else self.draft.as_draft(context, slots),
+        )
+
+    def as_draft(self, context: int, slots: int) -> MemoryPlan:
+        """The plan of a draft model beside one with so many slots of so much context: a cache for as much of
+        each as it can read. It reads no images."""
+        context = min(context, self.needs.config.max_position_embeddings)
+        return self.plan_of(context, slots, [slots * count for count in self.blocks_of_one(context)])
+
+    def plan_of(self, context: int, slots: int, blocks: list[int]) -> MemoryPlan:
+        """The plan with these sizes, of a model that nothing else is wanted of."""
         return MemoryPlan(
             context=context,
             slots=slots,
@@ -172,12 +198,13 @@ class _Choice:
             groups=self.groups,
             blocks={group.name: count for group, count in zip(self.groups, blocks, strict=True)},
             kv_bytes=self.bytes_of(blocks),
-            weight_bytes=self.machine.weight_bytes,
+            weight_bytes=self.needs.weight_bytes,
             working_bytes=self.working_bytes(context, slots),
-            image_cache_bytes=self.image_cache_bytes,
+            image_cache_bytes=0,
             available_bytes=self.machine.available_bytes,
             context_bytes=self.context_bytes(context),
-            wanted_context=self.wanted_context,
+            wanted_context=context,
+            disk_bytes=self.needs.disk_bytes,
         )
 
     def largest_context(self, least: int, most: int, slots: int) -> int | None:
@@ -205,18 +232,21 @@ class _Choice:
         return given <= left and (one if asked else slots * one) <= given
 
     def left(self, context: int, slots: int) -> int:
-        """Bytes for the cache beside weights, working memory and images; negative where these do not fit."""
-        taken = self.machine.weight_bytes + self.image_cache_bytes + self.working_bytes(context, slots)
-        return self.machine.available_bytes - taken
+        """Bytes for the cache beside weights, working memory, images and all of a draft model; negative where
+        these do not fit."""
+        taken = self.needs.weight_bytes + self.image_cache_bytes + self.working_bytes(context, slots)
+        return self.machine.available_bytes - taken - self.draft_bytes(context, slots)
+
+    def draft_bytes(self, context: int, slots: int) -> int:
+        """All that the draft model takes; 0 without one."""
+        return 0 if self.draft is None else self.draft.as_draft(context, slots).total_bytes
 
     def working_bytes(self, context: int, slots: int) -> int:
-        return working_bytes(
-            self.machine.config,
+        return self.needs.runner.working_bytes(
             context=context,
             slots=slots,
             step_tokens=self.options.step_tokens,
-            bytes_per_value=self.machine.bytes_per_value,
-            expands_heads=self.machine.expands_heads,
+            block_tokens=self.block_tokens,
         )
 
     def context_bytes(self, context: int) -> int:
@@ -229,7 +259,7 @@ class _Choice:
 
     def bytes_of(self, blocks: list[int]) -> int:
         return sum(
-            count * self.block_tokens * self.token_bytes * len(group.layers)
+            count * self.block_bytes * len(group.layers)
             for group, count in zip(self.groups, blocks, strict=True)
         )
 
@@ -267,23 +297,25 @@ class _Choice:
             )
         cache = slots * one if given is None else given
         working = self.working_bytes(context, slots)
-        needed = self.machine.weight_bytes + cache + working + self.image_cache_bytes
+        draft = self.draft_bytes(context, slots)
+        needed = self.needs.weight_bytes + cache + working + self.image_cache_bytes + draft
         needs, free = size_text(needed), size_text(self.machine.available_bytes)
         if needs == free:
             needs, free = f"{needed:,} bytes", f"{self.machine.available_bytes:,} bytes"
         images = f" + images {size_text(self.image_cache_bytes)}" if self.image_cache_bytes else ""
+        beside = f" + draft model {size_text(draft)}" if draft else ""
         return (
-            f"{model_name} needs {needs} of memory (weights {size_text(self.machine.weight_bytes)} + cache "
-            f"{size_text(cache)} for {slots} x {context:,} tokens + working {size_text(working)}{images}), "
-            f"{free} is free."
+            f"{model_name} needs {needs} of memory (weights {size_text(self.needs.weight_bytes)} + cache "
+            f"{size_text(cache)} for {slots} x {context:,} tokens + working {size_text(working)}{images}"
+            f"{beside}), {free} is free."
         )
 
 
 def _way_out(choice: _Choice, model_name: str) -> str:
     """A command that fits where there is one: first in the same precision, then in bfloat16."""
     ways = [_command(choice, model_name)]
-    if choice.machine.bytes_per_value > 2:
-        ways.append(_command(_Choice(choice.machine.in_bfloat16(), choice.options), model_name, "bfloat16"))
+    if (smaller := choice.machine.in_bfloat16()) is not None:
+        ways.append(_command(_Choice(smaller, choice.options), model_name, "bfloat16"))
     commands = [command for command in ways if command]
     if choice.options.kv_bytes is not None and (limit := _fitting_kv_bytes(choice)) is not None:
         commands.append(limit)

@@ -53,7 +53,7 @@ class NativeAdapters(LoadedAdapters[_Placed]):
         )
 
     def _place(self, adapter: Adapter) -> _Placed:
-        changes = {place: change for place, change in _changes(adapter)}
+        changes = dict(_changes(adapter))
         return _Placed(self._decoder.add_adapter(changes), changes)
 
     def _drop(self, placed: _Placed) -> None:
@@ -61,7 +61,7 @@ class NativeAdapters(LoadedAdapters[_Placed]):
 
 
 def _changes(adapter: Adapter) -> Iterator[tuple[tuple[int, str], LowRankChange]]:
-    """(layer, projection) and what is added there; a shared expert's projections have a dense layer's names."""
+    """(layer, projection) and what is added there; a shared expert's are named as a dense layer's."""
     for path, change in adapter.modules.items():
         _, layer, *rest = path.split(".")
         name = ".".join(rest) if rest[0] == "attention" else rest[-1]

@@ -77,7 +77,7 @@ class NativeRunner:
         """Image rows of a piece, by their places in it."""
         assert self._vision is not None and self._open_images is not None, "this model reads no images"
         self._images = self._images or self._open_images()
-        given = {}
+        given: dict[int, Floats] = {}
         for image, rows, places in image_places(piece, self._vision):
             computed = self._images.rows(image)
             given.update((place, computed[row]) for row, place in zip(rows, places, strict=True))

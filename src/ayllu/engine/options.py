@@ -26,6 +26,14 @@ RunnerName = Literal["auto", "native", "torch"]
 CacheType = Literal["auto", "int8"]
 """How keys and values are kept: in the runner's own 16-bit numbers, or in 8 bits with a scale per position."""
 
+ExpertPlace = Literal["auto", "memory", "disk"]
+"""Where a mixture's experts are on the native runner: in memory, in a packed file of which only chosen ones
+are read, or there when they do not fit into memory."""
+
+GpuWeights = Literal["int4", "int4-128", "int8", "fp8"]
+"""How weights are packed on a GPU (`gpu_weights.PLANS` says what each means): in 4 bits with a scale for 32,
+or for 128 with a minimum, or in 8 bits with a scale per row."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -41,7 +49,8 @@ class EngineOptions:
     `draft_model` if there is one, otherwise by lookup where the runner computes each row alike however many
     are computed together; off where it does not, or when deterministic). draft_model: the smaller model of
     "draft". most_drafted: tokens drafted for one answer in one step; fewer where that is faster. runner,
-    cache_type: see `RunnerName` and `CacheType`. threads: of the native runner (None: one per processor).
+    cache_type, experts: see `RunnerName`, `CacheType` and `ExpertPlace`. threads: of the native runner (None:
+    one per processor). weights: pack them on a GPU, see `GpuWeights` (None: they have the precision `dtype`).
     command: what was typed to start it, so that a refusal can name a command that works (None: `ayllu chat`
     with the model's name).
     """
@@ -62,7 +71,9 @@ class EngineOptions:
     most_drafted: int = 16
     runner: RunnerName = "auto"
     cache_type: CacheType = "auto"
+    experts: ExpertPlace = "auto"
     threads: int | None = None
+    weights: GpuWeights | None = None
     command: str | None = None
 
     def __post_init__(self) -> None:
@@ -80,9 +91,13 @@ class EngineOptions:
         for name, value, known in (
             ("runner", self.runner, get_args(RunnerName)),
             ("cache_type", self.cache_type, get_args(CacheType)),
+            ("experts", self.experts, get_args(ExpertPlace)),
+            ("weights", self.weights, (None, *get_args(GpuWeights))),
         ):
             if value not in known:
-                raise UsageError(f"{name} = {clip(value)} is unknown.", f"Use {' or '.join(known)}.")
+                raise UsageError(
+                    f"{name} = {clip(value)} is unknown.", f"Use {' or '.join(filter(None, known))}."
+                )
         if self.threads is not None:
             require_range("threads", self.threads, 1, 1024)
         self._require_possible_speculation()

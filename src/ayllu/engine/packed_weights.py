@@ -7,7 +7,7 @@ straight from the mapped file into one region, a layer at a time. Needs no torch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,21 +78,57 @@ def packed_weight_bytes(checkpoint: Checkpoint) -> int:
     return total
 
 
-def pack_weights(checkpoint: Checkpoint, *, threads: int, progress: Progress = SILENT) -> PackedWeights:
+@dataclass(frozen=True)
+class ExpertBytes:
+    """Packed bytes of a mixture's experts: of all of them, and of those that one token reads."""
+
+    total: int
+    one_token: int
+
+
+def expert_bytes(checkpoint: Checkpoint) -> ExpertBytes:
+    """Both are 0 for a model without experts."""
+    total = one_token = 0
+    for _, stored in expert_stacks(checkpoint):
+        assert checkpoint.config.experts is not None, "experts without a config"
+        sizes = [_padded(packed_bytes(*one)) for one in _matrices(stored)]
+        total += sum(sizes)
+        one_token += sum(sizes[: checkpoint.config.experts.top_k])
+    return ExpertBytes(total, one_token)
+
+
+def expert_stacks(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredTensor]]:
+    """The decoder's parameters that hold one matrix per expert, [experts, rows, cols]."""
+    for name, stored in _decoder_tensors(checkpoint):
+        if len(stored.shape) == 3:
+            yield name, stored
+
+
+def pack_weights(
+    checkpoint: Checkpoint,
+    *,
+    threads: int,
+    packed: Mapping[str, PackedMatrix] | None = None,
+    progress: Progress = SILENT,
+) -> PackedWeights:
     """Pack a checkpoint that `unpackable` has nothing against. The file's pages are given back as they are
-    read. Raises NoSpaceError when the memory is not there."""
+    read. packed: matrices that are there already, such as experts on disk.
+
+    Raises NoSpaceError when the memory is not there.
+    """
     mapped = _mapped_embedding(checkpoint)
+    packed = packed or {}
     tensors = [
         (name, stored)
         for name, stored in _decoder_tensors(checkpoint)
-        if not (name == EMBEDDING and mapped is not None)
+        if name not in packed and not (name == EMBEDDING and mapped is not None)
     ]
     sizes = [
         sum(_padded(packed_bytes(*one)) for one in _matrices(stored)) if len(stored.shape) > 1 else 0
         for _, stored in tensors
     ]
     memory = NativeMemory(sum(sizes))
-    matrices: dict[str, PackedMatrix] = {}
+    matrices = dict(packed)
     vectors: dict[str, NDArray[np.float32]] = {}
     address = memory.address
     with progress.task(f"Loading {checkpoint.path.name}", sum(sizes)) as task:
@@ -103,7 +139,7 @@ def pack_weights(checkpoint: Checkpoint, *, threads: int, progress: Progress = S
             rows, cols = stored.shape[-2:]
             jobs, kept = [], []
             at = address
-            for source in _sources(stored):
+            for source in matrix_sources(stored):
                 kept.append(source)
                 jobs.append(
                     PackJob(
@@ -133,7 +169,7 @@ def _decoder_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredTensor
 
 
 def _encoding(stored: StoredTensor) -> str:
-    """What a tensor is packed as: stored encodings that are numbers of another kind become float32 or bf16."""
+    """What a tensor is packed as: the encoding of the file, for nothing is rounded."""
     return stored.encoding
 
 
@@ -146,7 +182,7 @@ def _matrices(stored: StoredTensor) -> list[tuple[str, int, int]]:
     return [(_encoding(stored), stored.shape[-2], stored.shape[-1])] * math.prod(stored.shape[:-2])
 
 
-def _sources(stored: StoredTensor) -> Iterator[NDArray[np.uint8]]:
+def matrix_sources(stored: StoredTensor) -> Iterator[NDArray[np.uint8]]:
     """Stored rows [rows, bytes of a row] of each matrix, views of the file where they lie as needed."""
     rows = stored.shape[-2]
     count = math.prod(stored.shape[:-2])

@@ -24,7 +24,9 @@ def chooses_native(checkpoint: Checkpoint, options: EngineOptions) -> bool:
     """
     reason = None if options.runner == "torch" else _against_native(checkpoint, options)
     if options.runner == "native" and reason is not None:
-        raise UsageError(f"The native runner cannot run {checkpoint.path.name}: {reason}.", "Use --runner torch.")
+        raise UsageError(
+            f"The native runner cannot run {checkpoint.path.name}: {reason}.", "Use --runner torch."
+        )
     if options.runner != "torch" and reason is None:
         return True
     if not torch_is_installed():
@@ -42,8 +44,15 @@ def _against_native(checkpoint: Checkpoint, options: EngineOptions) -> str | Non
         return "this installation was made without it"
     if options.device not in ("auto", "cpu"):
         return f"it computes on the CPU, not on {options.device}"
+    if options.weights is not None:
+        return f"it computes in the file's precision, weights in {options.weights} are for a GPU"
     if options.dtype != "auto":
         return f"it computes in the file's precision, not in {options.dtype}"
-    if options.runner == "auto" and options.device == "auto" and torch_is_installed() and _GPU_DRIVER.exists():
+    if (
+        options.runner == "auto"
+        and options.device == "auto"
+        and torch_is_installed()
+        and _GPU_DRIVER.exists()
+    ):
         return "there is a GPU"
     return unpackable(checkpoint)

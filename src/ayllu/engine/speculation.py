@@ -14,14 +14,17 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as AbstractSequence
 from itertools import accumulate
 from operator import mul
+from typing import TYPE_CHECKING
 
 from ayllu.engine.options import EngineOptions
 from ayllu.engine.sequence import Sequence
-from ayllu.engine.speculation_draft import DraftModel
 from ayllu.engine.speculation_estimates import AcceptanceRates, StepCosts, assumed_cost
 from ayllu.engine.speculation_lookup import PromptLookup
 from ayllu.engine.speculation_proposal import Proposal, Proposer
 from ayllu.engine.step_runner import StepRunner
+
+if TYPE_CHECKING:
+    from ayllu.engine.speculation_draft import DraftModel
 
 PROBE_STEPS = 64
 """Steps without drafts after which some are made although it does not seem to pay."""

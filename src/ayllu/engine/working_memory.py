@@ -47,7 +47,7 @@ def working_bytes(
         + _logit_numbers(config, slots)
     ) * NUMBER_BYTES
     text += _gathered_bytes(config, context, slots, bytes_per_value, expands_heads)
-    images = 0 if config.vision is None else _image_numbers(config.vision, config.hidden_size) * NUMBER_BYTES
+    images = 0 if config.vision is None else image_numbers(config.vision, config.hidden_size) * NUMBER_BYTES
     return max(text, images) * MARGIN[0] // MARGIN[1] + FIXED_BYTES
 
 
@@ -91,7 +91,7 @@ def _logit_numbers(config: ModelConfig, slots: int) -> int:
     return (2 * max(slots, LOGIT_ROWS) + 6) * config.vocab_size
 
 
-def _image_numbers(vision: VisionConfig, width: int) -> int:
+def image_numbers(vision: VisionConfig, width: int) -> int:
     """One block of the tower and the adapter, for all tiles that run together."""
     patches = vision.grid**2 + 1
     pixels = 2 * vision.num_channels * vision.image_size**2

@@ -191,7 +191,7 @@ def _table(contest: Contest, title: str) -> RenderableType:
     table.add_column("")
     table.add_column("median", justify="right", no_wrap=True)
     table.add_column("lowest-highest", justify="right", no_wrap=True)
-    table.add_column("ayllu is better by", justify="right", no_wrap=True)
+    table.add_column("ratio, above 1: ayllu", justify="right", no_wrap=True)
     for measure in contest.plan.measures():
         names = [name for name in values if measure.key in values[name]]
         if not names:

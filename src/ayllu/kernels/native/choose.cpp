@@ -8,7 +8,7 @@ namespace ayllu {
 
 size_t scratch_bytes(int most_cols, int head_dim) {
   const size_t blocks = (static_cast<size_t>(most_cols) + BLOCK - 1) / BLOCK, dim = (static_cast<size_t>(head_dim) + 15) / 16 * 16;
-  const size_t panels = 2 * blocks * (512 + 256), tiles = (CHUNK_TILES + 1) * dim * 32;
+  const size_t panels = 2 * blocks * (512 + 256), tiles = CHUNK_TILES * 2 * dim * 32;
   return (std::max({panels, tiles, static_cast<size_t>(most_cols) * 4 * LANES + 4096}) + 127) / 64 * 64;
 }
 

@@ -25,8 +25,8 @@ extern "C" __attribute__((visibility("default"))) void ayllu_prof() { for (int i
 namespace ayllu {
 namespace {
 
-constexpr int FEW = 8;            // rows up to which every thread reads its own part of the weights once
-constexpr int SPLIT_ROWS = 8;     // rows up to which attention is split over the keys
+constexpr int FEW = 12;           // rows up to which every thread reads its own part of the weights once
+constexpr int SPLIT_ROWS = 16;    // rows up to which attention is split over the keys
 constexpr int QUERY_ROWS = 32;    // rows of a long piece that pass over the keys together
 constexpr size_t HUGE_PAGE = 2u << 20;
 
@@ -329,7 +329,8 @@ void Decoder::finish_run(int index, const LayerWeights& layer, const Piece* piec
   const int dim = shape.head_dim, heads = shape.heads, groups = shape.kv_heads;
   const size_t width = static_cast<size_t>((heads + 2 * groups) * dim);
   const int64_t begin = layer.chunk ? piece.start / layer.chunk * layer.chunk : 0;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  // Scores in units of ln 2: softmax weights are then powers of two.
+  const float scale = 1.44269504088896341f / std::sqrt(static_cast<float>(dim));
   for (int i = 0; i < run.rows; i++) {
     const size_t row = static_cast<size_t>(piece_row_[static_cast<size_t>(run.piece)] + run.row + i);
     const int64_t position = piece.start + run.row + i, held = position - begin;
@@ -420,6 +421,7 @@ void Decoder::attend_task(int thread, const LayerWeights& layer, int index, cons
         fresh[i] = {whole ? fresh_sums + partial_floats * static_cast<size_t>(i) : running[static_cast<size_t>(first + i)].sum, 0.0f, 0.0f};
       }
       if (most == 0) continue;
+      view.cold = first == 0;
       kernels->attend_chunk(layout_, view, strip, some, seen, fresh, scratch);
       for (int i = 0; i < some; i++) {
         if (whole) {

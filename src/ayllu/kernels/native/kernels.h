@@ -35,7 +35,7 @@ struct KvLayout {
   size_t value_tile_bytes() const { return int8 ? static_cast<size_t>(padded_dim) * 16 + 64 : static_cast<size_t>(padded_dim) * 32; }
 };
 
-constexpr int CHUNK_TILES = 8;  // tiles whose scores are normalised together; fixes the order of all sums
+constexpr int CHUNK_TILES = 16;  // tiles whose scores are normalised together; fixes the order of all sums
 constexpr int MOST_QUERIES = 6; // queries that pass over a tile together
 
 // What one task of attention reads: some queries of one key-value head against one chunk of tiles.
@@ -43,9 +43,11 @@ struct ChunkView {
   const uint8_t* keys[CHUNK_TILES];
   const uint8_t* values[CHUNK_TILES];
   int32_t tiles;
+  bool cold;  // the tiles are read for the first time: ask for them ahead
 };
 
-// A softmax under way for one query: weighted sum [padded_dim], largest score, sum of weights.
+// A softmax under way for one query: weighted sum [padded_dim], largest score, sum of weights. Scores are in units of
+// ln 2: whoever stores queries multiplies them by 1 / ln 2, and weights are powers of two.
 struct Partial {
   float* sum;
   float best;

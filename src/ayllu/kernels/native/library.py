@@ -128,9 +128,14 @@ def native_library() -> Any:
     return library
 
 
+def _encoded(instruction_set: str | None) -> bytes | None:
+    """An instruction set's name for the library; None means the best one."""
+    return None if instruction_set is None else instruction_set.encode()
+
+
 def kernels_name(wanted: str | None = None) -> str | None:
     """The instruction set that runs here: the best one, or `wanted`; None when that one does not run."""
-    name = native_library().ayllu_kernels_name(None if wanted is None else wanted.encode())
+    name = native_library().ayllu_kernels_name(_encoded(wanted))
     return None if name is None else str(name.decode())
 
 
@@ -233,7 +238,7 @@ def linear(matrix: PackedMatrix, x: Floats, instruction_set: str | None = None) 
     """x [n, cols] float32 -> x matrix' [n, rows] float32, inputs rounded as the decoder rounds them."""
     x = np.ascontiguousarray(x, np.float32)
     out = np.empty((x.shape[0], matrix.rows), np.float32)
-    name = None if instruction_set is None else instruction_set.encode()
+    name = _encoded(instruction_set)
     shape = (matrix.code, matrix.rows, matrix.cols)
     code = native_library().ayllu_linear(
         name, *shape, matrix.address, x.ctypes.data, x.shape[0], out.ctypes.data
@@ -248,7 +253,7 @@ def linear_swiglu(
     """silu(x gate') * (x up') [n, rows], both matrices of one encoding and shape."""
     x = np.ascontiguousarray(x, np.float32)
     out = np.empty((x.shape[0], gate.rows), np.float32)
-    name = None if instruction_set is None else instruction_set.encode()
+    name = _encoded(instruction_set)
     shape = (gate.code, gate.rows, gate.cols)
     code = native_library().ayllu_linear_swiglu(
         name, *shape, gate.address, up.address, x.ctypes.data, x.shape[0], out.ctypes.data
@@ -260,7 +265,7 @@ def linear_swiglu(
 def unpacked(matrix: PackedMatrix, instruction_set: str | None = None) -> Floats:
     """The numbers of a packed matrix, float32 [rows, cols]."""
     out = np.empty((matrix.rows, matrix.cols), np.float32)
-    name = None if instruction_set is None else instruction_set.encode()
+    name = _encoded(instruction_set)
     shape = (matrix.code, matrix.rows, matrix.cols)
     check(
         native_library().ayllu_unpack_rows(name, *shape, matrix.address, out.ctypes.data),
@@ -273,7 +278,7 @@ def rms_norm(x: Floats, weight: Floats | None, eps: float, instruction_set: str 
     """x [n, cols] / sqrt(mean(x^2) + eps) * weight [cols]."""
     out = np.empty_like(x)
     given = None if weight is None else weight.ctypes.data
-    name = None if instruction_set is None else instruction_set.encode()
+    name = _encoded(instruction_set)
     code = native_library().ayllu_rms_norm(name, x.ctypes.data, given, eps, *x.shape, out.ctypes.data)
     check(code, "a norm")
     return out
@@ -284,7 +289,7 @@ def rotated(
 ) -> Floats:
     """heads [n, head_dim] turned by angles whose cos and sin are [n, head_dim / 2]."""
     out = heads.copy()
-    name = None if instruction_set is None else instruction_set.encode()
+    name = _encoded(instruction_set)
     code = native_library().ayllu_rotate(
         name, out.ctypes.data, cos.ctypes.data, sin.ctypes.data, *out.shape, interleaved
     )
@@ -295,7 +300,7 @@ def rotated(
 def silu_multiply(gate: Floats, up: Floats, instruction_set: str | None = None) -> Floats:
     """silu(gate) * up, both [n]."""
     out = np.empty_like(gate)
-    name = None if instruction_set is None else instruction_set.encode()
+    name = _encoded(instruction_set)
     code = native_library().ayllu_silu_multiply(
         name, gate.ctypes.data, up.ctypes.data, len(gate), out.ctypes.data
     )
@@ -305,8 +310,8 @@ def silu_multiply(gate: Floats, up: Floats, instruction_set: str | None = None) 
 
 @dataclass(frozen=True, eq=False)
 class SoftmaxPart:
-    """A softmax over some keys: weighted sum of values [dim, a multiple of 16], with weights exp(score - best)
-    that add up to `total`."""
+    """A softmax over some keys: a sum of values [dim, a multiple of 16] with weights 2^(score - best), which
+    add up to `total`."""
 
     sums: Floats
     best: float
@@ -318,7 +323,7 @@ def merged(into: SoftmaxPart, part: SoftmaxPart, instruction_set: str | None = N
     sums = into.sums.copy()
     of = np.array([into.best, into.total], np.float32)
     of_part = np.array([part.best, part.total], np.float32)
-    name = None if instruction_set is None else instruction_set.encode()
+    name = _encoded(instruction_set)
     code = native_library().ayllu_merge(
         name, sums.ctypes.data, of.ctypes.data, part.sums.ctypes.data, of_part.ctypes.data, len(sums)
     )

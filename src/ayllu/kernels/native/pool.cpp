@@ -18,12 +18,12 @@
 namespace ayllu {
 namespace {
 
-// How long a thread spins for the next region: longer than the caller's work between two calls of one step,
-// far shorter than a person notices.
-constexpr auto SPIN = std::chrono::microseconds(60);
-// Turns of a meeting's wait (some 100 microseconds) after which a thread sleeps: whoever is missing may need this
+// How long a thread spins for the next region: longer than the caller's work between two steps, because waking up
+// takes up to half a millisecond on a virtual machine; far shorter than a person notices.
+constexpr auto SPIN = std::chrono::microseconds(1000);
+// Turns of a meeting's wait (some 2 ms) after which a thread sleeps: whoever is missing may need this
 // very processor. Threads are not pinned: beside one other busy process a pinned one made every step 30 times slower.
-constexpr int PATIENCE = 4000;
+constexpr int PATIENCE = 100000;
 
 inline void pause() {
 #if defined(__x86_64__)
