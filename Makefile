@@ -11,6 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The constraint file comes first on every install line: it is what keeps torch the pinned build.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# What the native CPU runner is compiled from, at installation.
+NATIVE := hatch_build.py $(wildcard src/ayllu/kernels/native/*.cpp src/ayllu/kernels/native/*.h)
 MODEL ?=
 TESTS ?= tests
 
@@ -24,13 +26,13 @@ $(BIN)/python:
 	@echo "Making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/run-ready: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing ayllu and torch (about a minute the first time)"
-	@$(INSTALL) --editable '.[torch]'
+$(VENV)/run-ready: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
+	@echo "Installing ayllu and compiling its CPU runner (about two minutes the first time)"
+	@$(INSTALL) --editable .
 	@touch $@
 
-$(VENV)/test-ready: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing ayllu, torch and the development tools"
+$(VENV)/test-ready: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
+	@echo "Installing ayllu, torch and the development tools, and compiling the CPU runner"
 	@$(INSTALL) --editable '.[torch,dev]'
 	@touch $@ $(VENV)/run-ready
 
@@ -53,9 +55,9 @@ format: $(VENV)/test-ready ## rewrite the code in the house's format
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-bench: $(VENV)/test-ready ## measure loading and generation; results go to benchmarks/results/
-	@$(BIN)/python benchmarks/conversation.py
-	@$(BIN)/python benchmarks/concurrency.py
+bench: $(VENV)/test-ready ## measure speed and start; results go to benchmarks/results/
+	@$(BIN)/ayllu bench smollm2-135m-instruct --pull --concurrency 8
+	@$(BIN)/python benchmarks/start.py
 
 docs: $(VENV)/test-ready ## rewrite docs/cli.md from the commands' own help
 	@$(BIN)/python docs/cli_reference.py

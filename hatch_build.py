@@ -56,9 +56,9 @@ def compiler() -> list[str]:
         if found := shutil.which(name):
             return [found]
     raise SystemExit(
-        "error: ayllu's CPU runner is compiled during installation, and no C++ compiler was found. Install one "
-        "(Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), name it "
-        "in CXX, or set AYLLU_NATIVE=off to install without it (models then run with torch)."
+        "error: ayllu's CPU runner is compiled during installation, and no C++ compiler was found. Install "
+        "one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), "
+        "name it in CXX, or set AYLLU_NATIVE=off to install without it (models then run with torch)."
     )
 
 
@@ -96,12 +96,10 @@ def build_library() -> Path:
             list(pool.map(run, jobs))
         linked = LIBRARY.with_name(f"{LIBRARY.name}.{os.getpid()}.new")
         objects = [str(output) for output, _ in jobs]
-        subprocess.run(
-            [*command, "-shared", "-pthread", "-static-libstdc++", "-static-libgcc", *objects, "-o", str(linked)]
-            if sys.platform.startswith("linux")
-            else [*command, "-shared", *objects, "-o", str(linked)],
-            check=True,
+        linux = (
+            ["-pthread", "-static-libstdc++", "-static-libgcc"] if sys.platform.startswith("linux") else []
         )
+        subprocess.run([*command, "-shared", *linux, *objects, "-o", str(linked)], check=True)
         linked.replace(LIBRARY)
     return LIBRARY
 

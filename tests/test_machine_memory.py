@@ -106,3 +106,13 @@ def test_damaged_files_are_as_good_as_none(tmp_path: Path, line: str) -> None:
 def test_this_machine_has_memory() -> None:
     free = available_memory()
     assert free is None or free > 1 << 20
+
+
+@pytest.mark.parametrize(("soft", "left"), [("9000000", 9_000_000 - 4_096_000), ("unlimited", MACHINE)])
+def test_the_process_s_own_limit_counts(tmp_path: Path, soft: str, left: int) -> None:
+    files = {
+        "proc/meminfo": MEMINFO,
+        "proc/self/limits": f"Max stack size  8388608  unlimited\nMax data size  {soft}  unlimited\n",
+        "proc/self/status": "Name:\tpython\nVmData:\t    4000 kB\n",
+    }
+    assert available_memory(_tree(tmp_path, files)) == left

@@ -1,4 +1,4 @@
-"""How much memory this machine can still give: what is free, within the limits of the container.
+"""How much memory this machine can still give: what is free, within the limits of the container and process.
 
 A container's own limit (cgroup, version 1 or 2) is often far below what the machine has free, and going over
 it ends the process without a word. Standard library only.
@@ -36,7 +36,7 @@ VERSION_2 = _Cgroup(
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes that can be taken now, memory that the system would give back counted in; None where the system
     does not tell. `root` is where /proc and /sys are found."""
-    known = [*_left_on_machine(root), *_left_by_cgroups(root)]
+    known = [*_left_on_machine(root), *_left_by_cgroups(root), *_left_to_process(root)]
     return max(0, min(known)) if known else None
 
 
@@ -65,6 +65,17 @@ def _left_by_cgroups(root: Path) -> list[int]:
         for depth in range(len(parts) + 1):
             left += _left_in_group(root.joinpath(version.mount, *parts[:depth]), version)
     return left
+
+
+def _left_to_process(root: Path) -> list[int]:
+    """What RLIMIT_DATA leaves this process (`ulimit -d`): memory of its own, files it maps not counted."""
+    for line in _text(root / "proc/self/limits").splitlines():
+        if line.startswith("Max data size"):
+            soft = line.removeprefix("Max data size").split()[0]
+            used = _numbers(root / "proc/self/status").get("VmData:")
+            if soft.isdigit() and used is not None:
+                return [int(soft) - used * 1024]
+    return []
 
 
 def _left_in_group(folder: Path, version: _Cgroup) -> list[int]:

@@ -10,7 +10,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ayllu.engine.memory_plan import MIN_CONTEXT, MemoryPlan, plan_memory, size_text
-from ayllu.engine.native_needs import NativeNeeds
 from ayllu.engine.options import DEFAULT_SLOTS, EngineOptions
 from ayllu.engine.runner_needs import ModelNeeds, TorchNeeds
 from ayllu.engine.working_memory import working_bytes
@@ -360,3 +359,39 @@ def test_the_plan_as_a_person_reads_it() -> None:
 )
 def test_sizes_for_people(count: int, text: str) -> None:
     assert size_text(count) == text
+
+
+@settings(max_examples=200)
+@given(case=wishes(), draft=names, part=st.fractions(0, 3))
+def test_a_draft_model_fits_beside_the_model_with_as_many_slots(case, draft, part) -> None:
+    name, wish = case
+    config, small = CONFIGS[name], CONFIGS[draft]
+    available = int(part * (2 * (config.parameters + small.parameters) + (2 << 30)))
+    try:
+        plan = _plan(config, available, draft=small, **wish)
+    except NoSpaceError as error:
+        for way in _ways(error):
+            way.pop("bfloat16")
+            assert _plan(config, available, draft=small, **{**wish, **way}).total_bytes <= available
+        return
+    assert plan.total_bytes <= available
+    assert plan.draft is not None
+    assert plan.draft.slots == plan.slots
+    assert plan.draft.context == min(plan.context, small.max_position_embeddings)
+    for group, blocks in zip(plan.draft.groups, plan.draft.block_counts, strict=True):
+        assert blocks == plan.slots * -(-group.held_tokens(plan.draft.context) // plan.draft.block_tokens)
+    own = plan.weight_bytes + plan.kv_bytes + plan.working_bytes + plan.image_cache_bytes
+    assert plan.total_bytes == own + plan.draft.total_bytes
+    assert plan.facts()["draft_bytes"] == plan.draft.total_bytes
+    assert f"+ draft model {size_text(plan.draft.total_bytes)} = " in plan.lines()[0]
+
+
+def test_a_cache_of_given_size_is_the_models_alone() -> None:
+    given_bytes = 2 * SMOLLM2.kv_bytes(8192)
+    plan = _plan(SMOLLM2, draft=SMOLLM2, context=8192, kv_bytes=given_bytes)
+    assert plan.kv_bytes == given_bytes
+    assert plan.draft is not None and plan.draft.kv_bytes == given_bytes
+    beside = _plan(SMOLLM2, plan.total_bytes, draft=SMOLLM2, context=8192, kv_bytes=given_bytes)
+    assert beside.total_bytes == plan.total_bytes
+    with pytest.raises(NoSpaceError, match="draft model"):
+        _plan(SMOLLM2, plan.total_bytes - 1, draft=SMOLLM2, context=8192, slots=2, kv_bytes=given_bytes)

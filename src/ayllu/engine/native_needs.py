@@ -18,7 +18,7 @@ TILE_TOKENS = 16
 CHUNK_TILES = 16
 """Tiles that one task of attention goes through at a time, with one partial result for each row and head."""
 
-SPLIT_ROWS = 8
+SPLIT_ROWS = 16
 """Rows of a piece up to which its attention is split over the keys."""
 
 QUERY_ROWS = 32
@@ -107,7 +107,7 @@ class NativeNeeds:
         return max(config.hidden_size, queries, self._dense_width(), experts)
 
     def _partial_bytes(self, context: int, slots: int, rows: int, tile: int) -> int:
-        """Results of attention to some tiles each, of the pieces that are split over their keys, and tasks."""
+        """Results of attention to some tiles each, of pieces that are split over keys, and the tasks."""
         config = self.config
         keys = max(group.held_tokens(context) for group in layer_groups(config))
         chunks = -(-keys // (CHUNK_TILES * tile))

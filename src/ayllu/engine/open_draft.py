@@ -1,4 +1,4 @@
-"""A model with a smaller one that drafts for it: planned together, loaded one after the other. Needs no torch."""
+"""A model with a smaller one that drafts for it: planned together, loaded one after the other."""
 
 from __future__ import annotations
 

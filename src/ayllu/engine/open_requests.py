@@ -321,9 +321,7 @@ class OpenRequests:
         return [*requests, *questions]
 
 
-def _fail(
-    ended: list[_OpenRequest | _Question], error: EngineCrashedError | EngineUnavailableError
-) -> None:
+def _fail(ended: list[_OpenRequest | _Question], error: EngineCrashedError | EngineUnavailableError) -> None:
     for one in ended:
         if isinstance(one, _Question):
             one.answer(_again(error))

@@ -24,7 +24,7 @@ RunnerName = Literal["auto", "native", "torch"]
 """What computes: native code on the CPU, torch on any device, or the first of them that can."""
 
 CacheType = Literal["auto", "int8"]
-"""How keys and values are kept: in the runner's own 16-bit numbers, or in 8 bits with a scale per position."""
+"""How keys and values are kept: in the runner's own numbers, or in 8 bits with a scale per position."""
 
 ExpertPlace = Literal["auto", "memory", "disk"]
 """Where a mixture's experts are on the native runner: in memory, in a packed file of which only chosen ones

@@ -33,6 +33,7 @@ from ayllu.weights.tensors import JoinedTensor, PlainTensor, StoredTensor
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 _ALIGNMENT = 64
+_TOGETHER_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -137,28 +138,31 @@ def pack_weights(
                 vectors[name] = np.ascontiguousarray(stored.decode(), np.float32)
                 continue
             rows, cols = stored.shape[-2:]
-            jobs, kept = [], []
-            at = address
-            for source in matrix_sources(stored):
-                kept.append(source)
-                jobs.append(
-                    PackJob(
-                        FORMAT_CODES[_encoding(stored)],
-                        rows,
-                        cols,
-                        0,
-                        source.ctypes.data,
-                        source.strides[0],
-                        at,
-                    )
-                )
-                at += _padded(packed_bytes(_encoding(stored), rows, cols))
-            pack(jobs, threads)
+            _pack_stack(stored, address, threads)
             matrices[name] = PackedMatrix(_encoding(stored), rows, cols, address, memory)
             address += size
             stored.release()
             task.advance(size)
     return PackedWeights(matrices, vectors, mapped, memory)
+
+
+def _pack_stack(stored: StoredTensor, address: int, threads: int) -> None:
+    """Pack the matrices of a tensor behind each other, a few at a time: those that lie otherwise in the file
+    are copied for it."""
+    rows, cols = stored.shape[-2:]
+    size = _padded(packed_bytes(stored.encoding, rows, cols))
+    jobs: list[PackJob] = []
+    kept: list[NDArray[np.uint8]] = []
+    for source in matrix_sources(stored):
+        place = (source.ctypes.data, source.strides[0], address)
+        jobs.append(PackJob(FORMAT_CODES[stored.encoding], rows, cols, 0, *place))
+        kept.append(source)
+        address += size
+        if len(jobs) * size >= _TOGETHER_BYTES:
+            pack(jobs, threads)
+            jobs, kept = [], []
+    if jobs:
+        pack(jobs, threads)
 
 
 def _decoder_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredTensor]]:

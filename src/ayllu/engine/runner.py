@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ayllu.engine.adapters import AdapterSet
 from ayllu.engine.cuda_graphs import RecordedDecoding, recorded_decoding
+from ayllu.engine.image_places import image_places
 from ayllu.engine.paged_memory import PagedMemory, PagedPiece, attend_for
 from ayllu.engine.prepared import PreparedImage
 from ayllu.engine.step_runner import RunnerPiece
@@ -59,7 +60,7 @@ class Runner:
         positions: list[int] = []
         for piece in pieces:
             if piece.images:
-                self._place_images(embedded[row : row + piece.rows], ids[row : row + piece.rows], piece)
+                self._place_images(embedded[row : row + piece.rows], piece)
             segments.append((row, row + piece.rows, piece.adapter))
             positions.extend(range(piece.start, piece.start + piece.rows))
             row += piece.rows
@@ -95,19 +96,12 @@ class Runner:
         kind = getattr(torch, "AcceleratorError", ())  # unknown to torch before 2.8
         return isinstance(error, kind) and not isinstance(error, torch.OutOfMemoryError)
 
-    def _place_images(self, embedded: Tensor, ids: Tensor, piece: RunnerPiece) -> None:
+    def _place_images(self, embedded: Tensor, piece: RunnerPiece) -> None:
         """Put image rows where this piece has patch tokens (spec 6.3)."""
         assert self.decoder.config.vision is not None
-        places = (ids == self.decoder.config.vision.patch_token_id).nonzero().squeeze(-1)
-        first, last = piece.patches_before, piece.patches_before + len(places)
-        offset = 0
-        for image in piece.images:
-            size = image.pixels.shape[0] * self.decoder.config.vision.tokens_per_tile
-            low, high = max(first, offset), min(last, offset + size)
-            if low < high:
-                rows = self._features.rows(image)[low - offset : high - offset]
-                embedded[places[low - first : high - first]] = rows.to(embedded.dtype)
-            offset += size
+        for image, rows, places in image_places(piece, self.decoder.config.vision):
+            found = self._features.rows(image)[rows.start : rows.stop]
+            embedded[torch.tensor(places, device=embedded.device)] = found.to(embedded.dtype)
 
 
 class FeatureCache:

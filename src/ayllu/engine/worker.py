@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 from ayllu.engine.channel import Channel, ChannelClosedError, ChannelError, FrameTooLargeError
-from ayllu.engine.events import Event, Failed
+from ayllu.engine.events import Event, Failed, TextDelta
 from ayllu.engine.messages import (
     Answered,
     Cancel,
@@ -65,6 +65,10 @@ SIGN_OF_LIFE_S = 1.0
 
 PROGRESS_EVERY_S = 0.05
 
+GATHER_S = 0.008
+"""Seconds for which tokens of short steps wait for each other: nobody sees them, and each frame wakes the
+other process, on the processor where the engine's own threads compute."""
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -89,6 +93,7 @@ class Core(Protocol):
     def stats(self) -> EngineStats: ...
 
 
+Said = list[tuple[str, Event | EmbeddingsReady]]
 OpenCore = Callable[[Path, EngineOptions, Progress], Core]
 
 
@@ -128,13 +133,17 @@ def _work(outbox: _Outbox, inbox: queue.Queue[ToEngine], open_core: OpenCore) ->
         outbox.send(Refused(ErrorReport.of(error)))
         return
     outbox.send(Ready(core.facts))
+    said: Said = []
     while True:
         for message in _waiting(inbox, block=not core.has_work):
             if isinstance(message, Shutdown):
                 return
             _handle(core, message, outbox)
         if core.has_work:
-            outbox.send_events(core, core.step())
+            said += core.step()
+            if not core.has_work or outbox.is_due(said):
+                outbox.send_events(core, said)
+                said = []
 
 
 def _read(channel: Channel, inbox: queue.Queue[ToEngine]) -> None:
@@ -206,8 +215,14 @@ class _Outbox:
         """Tell that what a ticket stands for is done, or why not."""
         self.send(Answered(ticket, None if error is None else ErrorReport.of(error)))
 
-    def send_events(self, core: Core, said: list[tuple[str, Event | EmbeddingsReady]]) -> None:
-        """Everything a step said, in one frame where that is possible."""
+    def is_due(self, said: Said) -> bool:
+        """Whether this should be heard now: it ends or fails something, or the last word was a while ago."""
+        return time.monotonic() - self._last_word > GATHER_S or not all(
+            isinstance(event, TextDelta) for _, event in said
+        )
+
+    def send_events(self, core: Core, said: Said) -> None:
+        """Everything some steps said, in one frame where that is possible."""
         events = tuple(
             CoreEvent.of(key, event) for key, event in said if not isinstance(event, EmbeddingsReady)
         )

@@ -95,17 +95,36 @@ AYLLU_EXPORT int32_t ayllu_pack(const PackJob* jobs, int32_t count, int32_t thre
 }
 
 // Single kernels, for tests: x [count][cols] -> out [count][rows].
+namespace {
+
+// Inputs as the decoder makes them: strips when there are many quantised rows.
+Inputs test_inputs(const Kernels& kernels, int format, const float* x, int count, int cols, std::vector<uint8_t>& memory) {
+  const InputKind kind = input_kind(format);
+  if (kind == InputKind::quantised && count > FEW_ROWS) {
+    const int strips = (count + STRIP - 1) / STRIP;
+    memory.resize(strip_stride(cols) * static_cast<size_t>(strips));
+    for (int strip = 0; strip < strips; strip++)
+      kernels.make_strip(x + static_cast<size_t>(strip * STRIP) * static_cast<size_t>(cols), static_cast<size_t>(cols), std::min(STRIP, count - strip * STRIP),
+                         cols, memory.data() + strip_stride(cols) * static_cast<size_t>(strip));
+    return {memory.data(), strip_stride(cols), true};
+  }
+  const size_t stride = input_stride(kind, cols);
+  memory.resize(stride * static_cast<size_t>(count) + 64);
+  kernels.make_inputs(kind, x, static_cast<size_t>(cols), count, cols, memory.data(), stride, 0, (cols + BLOCK - 1) / BLOCK);
+  return {memory.data(), stride, false};
+}
+
+}  // namespace
+
 AYLLU_EXPORT int32_t ayllu_linear(const char* isa, int32_t format, int32_t rows, int32_t cols, const void* packed, const float* x, int32_t count, float* out) {
   return guarded([&]() -> int32_t {
     const Kernels* kernels = choose_kernels(isa);
     if (!kernels) return NOT_HERE;
     if (count == 0) return DONE;
     const Matrix w = matrix_at(format, rows, cols, packed);
-    const InputKind kind = input_kind(format);
-    const size_t stride = input_stride(kind, cols);
-    std::vector<uint8_t> inputs(stride * static_cast<size_t>(count) + 64), scratch(scratch_bytes(cols, 64));
-    kernels->make_inputs(kind, x, static_cast<size_t>(cols), count, cols, inputs.data(), stride, 0, (cols + BLOCK - 1) / BLOCK);
-    kernels->linear(w, 0, w.panels, {inputs.data(), stride, nullptr}, count, {out, static_cast<size_t>(rows), nullptr, Write::set}, scratch.data());
+    std::vector<uint8_t> memory, scratch(scratch_bytes(cols, 64));
+    const Inputs inputs = test_inputs(*kernels, format, x, count, cols, memory);
+    kernels->linear(w, 0, w.panels, inputs, count, {out, static_cast<size_t>(rows), Write::set}, scratch.data());
     return DONE;
   });
 }
@@ -116,11 +135,9 @@ AYLLU_EXPORT int32_t ayllu_linear_swiglu(const char* isa, int32_t format, int32_
     if (!kernels) return NOT_HERE;
     if (count == 0) return DONE;
     const Matrix g = matrix_at(format, rows, cols, gate), u = matrix_at(format, rows, cols, up);
-    const InputKind kind = input_kind(format);
-    const size_t stride = input_stride(kind, cols);
-    std::vector<uint8_t> inputs(stride * static_cast<size_t>(count) + 64), scratch(scratch_bytes(cols, 64));
-    kernels->make_inputs(kind, x, static_cast<size_t>(cols), count, cols, inputs.data(), stride, 0, (cols + BLOCK - 1) / BLOCK);
-    kernels->linear_swiglu(g, u, 0, g.panels, {inputs.data(), stride, nullptr}, count, {out, static_cast<size_t>(rows), nullptr, Write::set}, scratch.data());
+    std::vector<uint8_t> memory, scratch(scratch_bytes(cols, 64));
+    const Inputs inputs = test_inputs(*kernels, format, x, count, cols, memory);
+    kernels->linear_swiglu(g, u, 0, g.panels, inputs, count, {out, static_cast<size_t>(rows), Write::set}, scratch.data());
     return DONE;
   });
 }

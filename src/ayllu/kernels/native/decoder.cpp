@@ -11,24 +11,14 @@
 #include <cstdlib>
 #endif
 
-#ifdef AYLLU_PROFILE
-#include <chrono>
-#include <cstdio>
-static double prof[16]; static double prof_last;
-static double pnow() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-#define PROF(i) if (thread == 0) { double t_ = pnow(); prof[i] += t_ - prof_last; prof_last = t_; }
-extern "C" __attribute__((visibility("default"))) void ayllu_prof() { for (int i = 0; i < 12; i++) { printf("%d: %.2f ms  ", i, prof[i] * 1e3); prof[i] = 0; } printf("\n"); fflush(stdout); }
-#else
-#define PROF(i)
-#endif
-
 namespace ayllu {
 namespace {
 
-constexpr int FEW = 12;           // rows up to which every thread reads its own part of the weights once
+constexpr int FEW = FEW_ROWS;     // rows up to which every thread reads its own part of the weights once
 constexpr int SPLIT_ROWS = 16;    // rows up to which attention is split over the keys
 constexpr int QUERY_ROWS = 32;    // rows of a long piece that pass over the keys together
 constexpr size_t HUGE_PAGE = 2u << 20;
+constexpr int64_t ASK_AGAIN = 64;  // steps after which an expert's pages are asked for again: asking has its price
 
 template <class T> void grow(std::vector<T>& v, size_t n) {
   if (v.size() < n) v.resize(n);
@@ -128,6 +118,7 @@ void Decoder::reserve(int rows) {
     grow(order_, n * copies);
     grow(token_of_, n * copies);
     grow(expert_start_, static_cast<size_t>(shape.experts) + 1);
+    grow(asked_, static_cast<size_t>(shape.layers * shape.experts));
   }
   // One buffer for each kind of inputs that any matrix takes.
   bool used[3] = {};
@@ -136,7 +127,7 @@ void Decoder::reserve(int rows) {
     for (const Matrix* w : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down, &layer.router, &layer.expert_gate, &layer.expert_up, &layer.expert_down})
       if (w->data) used[static_cast<int>(input_kind(w->format))] = true;
   for (int kind = 0; kind < 3; kind++)
-    if (used[kind]) grow(inputs_[kind], n * copies * input_stride(static_cast<InputKind>(kind), width_most_) + 64);
+    if (used[kind]) grow(inputs_[kind], std::max(n * copies * input_stride(static_cast<InputKind>(kind), width_most_), (n / STRIP + 1) * strip_stride(width_most_)) + 64);
   const size_t queries = static_cast<size_t>(QUERY_ROWS * (shape.heads / shape.kv_heads) + MOST_QUERIES);
   for (std::vector<uint8_t>& scratch : scratch_) {
     const size_t attention = static_cast<size_t>(layout_.padded_dim + 16) * queries * sizeof(float);
@@ -193,13 +184,14 @@ void Decoder::plan(const Piece* pieces, int count) {
   grow(partials_, partials * static_cast<size_t>(layout_.padded_dim + 16));
 }
 
-Inputs Decoder::inputs_of(const Matrix& w) const {
+Inputs Decoder::inputs_of(const Matrix& w, bool many) const {
   const int kind = static_cast<int>(input_kind(w.format));
-  return {inputs_[kind].data(), input_stride(static_cast<InputKind>(kind), w.cols), nullptr};
+  if (many && input_kind(w.format) == InputKind::quantised) return {inputs_[kind].data(), strip_stride(w.cols), true};
+  return {inputs_[kind].data(), input_stride(static_cast<InputKind>(kind), w.cols), false};
 }
 
 // x -> the kinds of inputs that the users want. Ends with a meeting.
-void Decoder::inputs(int thread, const float* x, size_t stride, int rows, int cols, std::initializer_list<const Matrix*> users) {
+void Decoder::inputs(int thread, const float* x, size_t stride, int rows, int cols, std::initializer_list<const Matrix*> users, bool row_by_row) {
   bool wanted[3] = {};
   for (const Matrix* user : users)
     if (user->data) wanted[static_cast<int>(input_kind(user->format))] = true;
@@ -207,6 +199,13 @@ void Decoder::inputs(int thread, const float* x, size_t stride, int rows, int co
   for (int kind = 0; kind < 3; kind++) {
     if (!wanted[kind]) continue;
     const InputKind as = static_cast<InputKind>(kind);
+    if (as == InputKind::quantised && rows > FEW && !row_by_row) {
+      const int strips = (rows + STRIP - 1) / STRIP;
+      for (int strip = pool.first_of(thread, strips); strip < pool.first_of(thread + 1, strips); strip++)
+        kernels->make_strip(x + stride * static_cast<size_t>(strip * STRIP), stride, std::min(STRIP, rows - strip * STRIP), cols,
+                            inputs_[kind].data() + strip_stride(cols) * static_cast<size_t>(strip));
+      continue;
+    }
     const size_t to = input_stride(as, cols);
     if (rows < pool.threads()) {
       const int first = pool.first_of(thread, blocks), last = pool.first_of(thread + 1, blocks);
@@ -235,7 +234,7 @@ void Decoder::linears(int thread, std::initializer_list<Job> jobs, int rows) {
         return offset <= at ? 0 : std::min<int64_t>(job.w->panels, static_cast<int64_t>((offset - at + bytes - 1) / bytes));
       };
       const int first = static_cast<int>(panel_at(from)), last = static_cast<int>(panel_at(to));
-      if (first < last) kernels->linear(*job.w, first, last, inputs_of(*job.w), rows, {job.out, job.stride, nullptr, job.write}, scratch);
+      if (first < last) kernels->linear(*job.w, first, last, inputs_of(*job.w, rows > FEW), rows, {job.out, job.stride, job.write}, scratch);
       at += static_cast<size_t>(job.w->panels) * bytes;
     }
     pool.meet();
@@ -247,7 +246,7 @@ void Decoder::linears(int thread, std::initializer_list<Job> jobs, int rows) {
     for (const Job& job : jobs) {
       const int own = (job.w->panels + 1) / 2;
       if (index < own) {
-        kernels->linear(*job.w, 2 * index, std::min(2 * index + 2, job.w->panels), inputs_of(*job.w), rows, {job.out, job.stride, nullptr, job.write}, scratch);
+        kernels->linear(*job.w, 2 * index, std::min(2 * index + 2, job.w->panels), inputs_of(*job.w, rows > FEW), rows, {job.out, job.stride, job.write}, scratch);
         return;
       }
       index -= own;
@@ -266,14 +265,14 @@ void Decoder::swiglu(int thread, const Matrix& gate, const Matrix& up, int rows,
     linears(thread, {{&gate, out, stride, Write::set}, {&up, side_.data(), stride, Write::set}}, rows);
     return;
   }
-  const Outputs outputs{out, stride, nullptr, Write::set};
+  const Outputs outputs{out, stride, Write::set};
   if (rows <= FEW) {
     const int first = pool.first_of(thread, gate.panels), last = pool.first_of(thread + 1, gate.panels);
-    if (first < last) kernels->linear_swiglu(gate, up, first, last, inputs_of(gate), rows, outputs, scratch);
+    if (first < last) kernels->linear_swiglu(gate, up, first, last, inputs_of(gate, rows > FEW), rows, outputs, scratch);
     pool.meet();
     return;
   }
-  pool.share(thread, gate.panels, [&](int panel) { kernels->linear_swiglu(gate, up, panel, panel + 1, inputs_of(gate), rows, outputs, scratch); });
+  pool.share(thread, gate.panels, [&](int panel) { kernels->linear_swiglu(gate, up, panel, panel + 1, inputs_of(gate, rows > FEW), rows, outputs, scratch); });
 }
 
 // Adds adapters' low-rank products to y, for the rows of pieces that have one. Ends with a meeting.
@@ -308,10 +307,10 @@ void Decoder::add_low_rank(int thread, const LowRank& part, const float* x, int 
   uint8_t* scratch = scratch_[static_cast<size_t>(thread)].data();
   for (int row = from; row < to; row += together) {
     const int count = std::min(together, to - row);
-    const Inputs inputs{reinterpret_cast<const uint8_t*>(x + static_cast<size_t>(cols) * static_cast<size_t>(row)), sizeof(float) * static_cast<size_t>(cols), nullptr};
-    kernels->linear(a, 0, a.panels, inputs, count, {low.data(), low_stride, nullptr, Write::set}, scratch);
-    const Inputs through{reinterpret_cast<const uint8_t*>(low.data()), sizeof(float) * low_stride, nullptr};
-    kernels->linear(b, first, last, through, count, {y + stride * static_cast<size_t>(row), stride, nullptr, Write::accumulate}, scratch);
+    const Inputs inputs{reinterpret_cast<const uint8_t*>(x + static_cast<size_t>(cols) * static_cast<size_t>(row)), sizeof(float) * static_cast<size_t>(cols), false};
+    kernels->linear(a, 0, a.panels, inputs, count, {low.data(), low_stride, Write::set}, scratch);
+    const Inputs through{reinterpret_cast<const uint8_t*>(low.data()), sizeof(float) * low_stride, false};
+    kernels->linear(b, first, last, through, count, {y + stride * static_cast<size_t>(row), stride, Write::accumulate}, scratch);
   }
 }
 
@@ -451,7 +450,6 @@ void Decoder::attention(int thread, int index, const Piece* pieces) {
   const LayerWeights& layer = layers[static_cast<size_t>(index)];
   const GroupPlan& group = plans_[static_cast<size_t>(layer.group)];
   pool.share(thread, static_cast<int>(group.runs.size()), [&](int i) { finish_run(index, layer, pieces, group.runs[static_cast<size_t>(i)]); });
-  PROF(4)
   pool.share(thread, static_cast<int>(group.tasks.size()), [&](int i) { attend_task(thread, layer, index, pieces, group.tasks[static_cast<size_t>(i)]); });
   if (group.merges.empty()) return;
   const int share = shape.heads / shape.kv_heads, dim = shape.head_dim;
@@ -479,9 +477,7 @@ void Decoder::feed_forward(int thread, int index, int rows) {
   norm_rows(thread, layer.feed_forward_norm, rows);
   if (layer.mixture) mixture(thread, index, rows);
   inputs(thread, normed_.data(), width, rows, shape.hidden_size, {&layer.gate, &layer.up});
-  PROF(2)
   swiglu(thread, layer.gate, layer.up, rows, hidden_.data());
-  PROF(7)
   if (layer.gate.format != layer.up.format || adapted_) {
     adapt(thread, index, PROJ_GATE, normed_.data(), shape.hidden_size, hidden_.data(), hidden, layer.gate.rows);
     adapt(thread, index, PROJ_UP, normed_.data(), shape.hidden_size, side_.data(), hidden, layer.gate.rows);
@@ -493,9 +489,7 @@ void Decoder::feed_forward(int thread, int index, int rows) {
     pool.meet();
   }
   inputs(thread, hidden_.data(), hidden, rows, layer.gate.rows, {&layer.down});
-  PROF(2)
   linears(thread, {{&layer.down, x_.data(), width, Write::accumulate}}, rows);
-  PROF(8)
   adapt(thread, index, PROJ_DOWN, hidden_.data(), layer.gate.rows, x_.data(), width, shape.hidden_size);
 }
 
@@ -538,6 +532,9 @@ void Decoder::mixture(int thread, int index, int rows) {
     if (advises_) {
       for (int e = 0; e < experts; e++) {
         if (expert_start_[static_cast<size_t>(e) + 1] == expert_start_[static_cast<size_t>(e)]) continue;
+        int64_t& asked = asked_[static_cast<size_t>(index * experts + e)];
+        if (asked && steps_ - asked < ASK_AGAIN) continue;
+        asked = steps_;
         for (const Matrix* w : {&layer.expert_gate, &layer.expert_up, &layer.expert_down}) {
           const size_t bytes = static_cast<size_t>(w->panels) * w->panel_bytes;
           const uintptr_t at = reinterpret_cast<uintptr_t>(w->data) + static_cast<size_t>(e) * bytes;
@@ -575,20 +572,20 @@ void Decoder::mixture(int thread, int index, int rows) {
     });
   };
   const int step = rows <= FEW ? std::max(1, layer.expert_gate.panels / (4 * pool.threads())) : 2;
-  inputs(thread, routed_.data(), width, total, shape.hidden_size, {&layer.expert_gate, &layer.expert_up});
+  inputs(thread, routed_.data(), width, total, shape.hidden_size, {&layer.expert_gate, &layer.expert_up}, true);
   each_part(layer.expert_gate.panels, step, [&](int expert, int first, int last, int start, int count) {
-    Inputs from = inputs_of(layer.expert_gate);
+    Inputs from = inputs_of(layer.expert_gate, false);
     from.data += from.stride * static_cast<size_t>(start);
     kernels->linear_swiglu(of_expert(layer.expert_gate, expert), of_expert(layer.expert_up, expert), first, last, from, count,
-                           {hidden_.data() + hidden * static_cast<size_t>(start), hidden, nullptr, Write::set}, scratch);
+                           {hidden_.data() + hidden * static_cast<size_t>(start), hidden, Write::set}, scratch);
   });
-  inputs(thread, hidden_.data(), hidden, total, layer.expert_gate.rows, {&layer.expert_down});
+  inputs(thread, hidden_.data(), hidden, total, layer.expert_gate.rows, {&layer.expert_down}, true);
   const int down_step = rows <= FEW ? std::max(1, layer.expert_down.panels / (4 * pool.threads())) : 2;
   each_part(layer.expert_down.panels, down_step, [&](int expert, int first, int last, int start, int count) {
-    Inputs from = inputs_of(layer.expert_down);
+    Inputs from = inputs_of(layer.expert_down, false);
     from.data += from.stride * static_cast<size_t>(start);
     kernels->linear(of_expert(layer.expert_down, expert), first, last, from, count,
-                    {routed_out_.data() + width * static_cast<size_t>(start), width, nullptr, Write::set}, scratch);
+                    {routed_out_.data() + width * static_cast<size_t>(start), width, Write::set}, scratch);
   });
   const int first = pool.first_of(thread, rows), last = pool.first_of(thread + 1, rows);
   for (int row = first; row < last; row++) {
@@ -611,6 +608,7 @@ void Decoder::forward(const Piece* pieces, int count, const int32_t* tokens, con
     row_piece_.insert(row_piece_.end(), static_cast<size_t>(pieces[p].rows), pieces[p].adapter);
   }
   if (rows == 0) return;
+  steps_++;
   running_.resize(static_cast<size_t>(pool.threads()));
   low_.resize(static_cast<size_t>(pool.threads()));
   reserve(rows);
@@ -618,9 +616,6 @@ void Decoder::forward(const Piece* pieces, int count, const int32_t* tokens, con
   const size_t width = static_cast<size_t>(shape.hidden_size), dim = static_cast<size_t>(shape.head_dim);
   const size_t qkv_width = static_cast<size_t>(shape.heads + 2 * shape.kv_heads) * dim, attended_width = static_cast<size_t>(shape.heads) * dim;
   pool.run([&](int thread) {
-#ifdef AYLLU_PROFILE
-    if (thread == 0) prof_last = pnow();
-#endif
     pool.share(thread, rows, [&](int row) {
       float* to = x_.data() + width * static_cast<size_t>(row);
       if (given && given[row]) {
@@ -647,29 +642,21 @@ void Decoder::forward(const Piece* pieces, int count, const int32_t* tokens, con
     });
     for (int index = 0; index < shape.layers; index++) {
       const LayerWeights& layer = layers[static_cast<size_t>(index)];
-      PROF(0)
       norm_rows(thread, layer.attention_norm, rows);
-      PROF(1)
       inputs(thread, normed_.data(), width, rows, shape.hidden_size, {&layer.q, &layer.k, &layer.v});
-      PROF(2)
       float* q = qkv_.data();
       float* k = q + attended_width;
       float* v = k + static_cast<size_t>(shape.kv_heads) * dim;
       linears(thread, {{&layer.q, q, qkv_width, Write::set}, {&layer.k, k, qkv_width, Write::set}, {&layer.v, v, qkv_width, Write::set}}, rows);
-      PROF(3)
       adapt(thread, index, PROJ_Q, normed_.data(), shape.hidden_size, q, qkv_width, layer.q.rows);
       adapt(thread, index, PROJ_K, normed_.data(), shape.hidden_size, k, qkv_width, layer.k.rows);
       adapt(thread, index, PROJ_V, normed_.data(), shape.hidden_size, v, qkv_width, layer.v.rows);
       attention(thread, index, pieces);
-      PROF(5)
       inputs(thread, attended_.data(), attended_width, rows, shape.heads * shape.head_dim, {&layer.o});
-      PROF(2)
       linears(thread, {{&layer.o, x_.data(), width, Write::accumulate}}, rows);
       adapt(thread, index, PROJ_O, attended_.data(), shape.heads * shape.head_dim, x_.data(), width, shape.hidden_size);
-      PROF(6)
       feed_forward(thread, index, rows);
     }
-    PROF(0)
     const int first = pool.first_of(thread, rows), last = pool.first_of(thread + 1, rows);
     for (int row = first; row < last; row++)
       kernels->rms_norm(x_.data() + width * static_cast<size_t>(row), final_norm, shape.norm_eps, shape.hidden_size, hidden + width * static_cast<size_t>(row));

@@ -100,13 +100,13 @@ class Decoder {
   void mixture(int thread, int layer, int rows);
   void linears(int thread, std::initializer_list<Job> jobs, int rows);
   void swiglu(int thread, const Matrix& gate, const Matrix& up, int rows, float* out);
-  void inputs(int thread, const float* x, size_t stride, int rows, int cols, std::initializer_list<const Matrix*> users);
+  void inputs(int thread, const float* x, size_t stride, int rows, int cols, std::initializer_list<const Matrix*> users, bool row_by_row = false);
   void adapt(int thread, int layer, Projection projection, const float* x, int cols, float* y, size_t stride, int outputs);
   void add_low_rank(int thread, const LowRank& part, const float* x, int cols, float* y, size_t stride, int outputs, int rows);
   void norm_rows(int thread, const float* weight, int rows);
   void attend_task(int thread, const LayerWeights& layer, int index, const Piece* pieces, const Task& task);
   void finish_run(int index, const LayerWeights& layer, const Piece* pieces, const Run& run);
-  Inputs inputs_of(const Matrix& w) const;
+  Inputs inputs_of(const Matrix& w, bool many) const;
   bool adapted() const { return adapted_; }
 
   std::vector<float> frequencies_;
@@ -133,6 +133,8 @@ class Decoder {
   std::vector<uint16_t> queries_;
   std::vector<uint8_t> inputs_[3];
   std::vector<int32_t> chosen_, order_, token_of_, expert_start_;
+  int64_t steps_ = 0;
+  std::vector<int64_t> asked_;  // the step in which an expert's pages were last asked for
   std::vector<int> piece_row_, row_piece_;
   std::vector<GroupPlan> plans_;
   std::vector<std::vector<uint8_t>> scratch_;

@@ -176,36 +176,37 @@ template <int bits, Scales kind> void unpack_panel(const Matrix& w, const uint8_
   }
 }
 
-template <Scales kind, bool small, int panels, int count>
-void unpacked_times_rows(int blocks, int zero, const Unpacked* w, const QuantisedRow* rows, float (*out)[MOST_QUERIES][LANES]) {
+template <Scales kind, bool small, int panels>
+void unpacked_times_strip(int blocks, int zero, const Unpacked* w, const StripBlock* x, float (*out)[STRIP][LANES]) {
   constexpr int halves = has_halves(kind) ? 2 : 1, groups = 8 / halves;
-  Floats result[panels][count];
+  Floats result[panels][STRIP];
   for (int p = 0; p < panels; p++)
-    for (int m = 0; m < count; m++) result[p][m] = splat(0.0f);
+    for (int m = 0; m < STRIP; m++) result[p][m] = splat(0.0f);
   for (int b = 0; b < blocks * halves; b++) {
-    Ints dot[panels][count];
-    for (int m = 0; m < count; m++) {
-      const int32_t sum = halves == 2 ? rows[m].half_sum[b] : rows[m].half_sum[2 * b] + rows[m].half_sum[2 * b + 1];
-      for (int p = 0; p < panels; p++) dot[p][m] = start<kind>(zero, sum);
-    }
+    const StripBlock& block = x[b / halves];
+    const int half = halves == 2 ? b % 2 : 0;
+    const int32_t* sums = halves == 2 ? block.half_sum[half] : block.whole_sum;
+    Ints dot[panels][STRIP];
+    for (int m = 0; m < STRIP; m++)
+      for (int p = 0; p < panels; p++) dot[p][m] = start<kind>(zero, sums[m]);
     for (int g = 0; g < groups; g++) {
       Bytes q[panels];
       for (int p = 0; p < panels; p++) q[p] = load_bytes(w[p].bytes + 64 * (static_cast<size_t>(b) * groups + g));
-      for (int m = 0; m < count; m++)
-        for (int p = 0; p < panels; p++) dot[p][m] = dot4<small>(dot[p][m], q[p], rows[m].q + 4 * (b * groups + g));
+      for (int m = 0; m < STRIP; m++)
+        for (int p = 0; p < panels; p++) dot[p][m] = dot4<small>(dot[p][m], q[p], block.q[groups * half + g][m]);
     }
     for (int p = 0; p < panels; p++) {
       const Floats factor = load(w[p].factors + LANES * static_cast<size_t>(b));
       Floats offset = factor;
       if constexpr (has_minimum(kind)) offset = load(w[p].offsets + LANES * static_cast<size_t>(b));
-      for (int m = 0; m < count; m++) {
-        const float sum = halves == 2 ? static_cast<float>(rows[m].half_sum[b]) : rows[m].sum[b];
-        result[p][m] = add_block<kind>(result[p][m], dot[p][m], factor, offset, rows[m].scale[b / halves], sum);
+      for (int m = 0; m < STRIP; m++) {
+        const float sum = halves == 2 ? static_cast<float>(sums[m]) : block.sum[m];
+        result[p][m] = add_block<kind>(result[p][m], dot[p][m], factor, offset, block.scale[m], sum);
       }
     }
   }
   for (int p = 0; p < panels; p++)
-    for (int m = 0; m < count; m++) store(out[p][m], result[p][m]);
+    for (int m = 0; m < STRIP; m++) store(out[p][m], result[p][m]);
 }
 
 // Matrices of plain numbers: `panels` panels times `count` rows.
@@ -257,8 +258,6 @@ inline void write_swiglu(const float (*gate)[LANES], const float (*up)[LANES], i
   write_tile(tile, count, panel, matrix_rows, out, first_row);
 }
 
-constexpr int FEW_ROWS = 12;    // up to here weights are unpacked again for every strip: no buffer is needed
-constexpr int STRIP = MOST_QUERIES;
 constexpr int FLOAT_STRIP = 2 * MOST_QUERIES;
 
 template <int bits, Scales kind>
@@ -276,18 +275,6 @@ void few_rows(const Matrix& w, const uint8_t* panel, const QuantisedRow* rows, i
     case 10: return panel_times_rows<bits, kind, 10>(w, panel, rows, out);
     case 11: return panel_times_rows<bits, kind, 11>(w, panel, rows, out);
     default: return panel_times_rows<bits, kind, 12>(w, panel, rows, out);
-  }
-}
-
-template <Scales kind, bool small, int panels>
-void strip(int blocks, int zero, const Unpacked* w, const QuantisedRow* rows, int count, float (*out)[MOST_QUERIES][LANES]) {
-  switch (count) {
-    case 1: return unpacked_times_rows<kind, small, panels, 1>(blocks, zero, w, rows, out);
-    case 2: return unpacked_times_rows<kind, small, panels, 2>(blocks, zero, w, rows, out);
-    case 3: return unpacked_times_rows<kind, small, panels, 3>(blocks, zero, w, rows, out);
-    case 4: return unpacked_times_rows<kind, small, panels, 4>(blocks, zero, w, rows, out);
-    case 5: return unpacked_times_rows<kind, small, panels, 5>(blocks, zero, w, rows, out);
-    default: return unpacked_times_rows<kind, small, panels, 6>(blocks, zero, w, rows, out);
   }
 }
 
@@ -309,49 +296,37 @@ void float_strip(const Matrix& w, const uint8_t* const* panel, const uint8_t* co
   }
 }
 
-// A panel of each of `matrices` matrices (1, or gate and up) times all rows.
+// Panels over rows of inputs, weights unpacked in registers: of one matrix, or of gate and up.
 template <int bits, Scales kind, int matrices>
-void quantised_panel(const Matrix* const* w, int panel, const Inputs& x, int rows, const Outputs& out, uint8_t* scratch) {
-  QuantisedRow strip_rows[FEW_ROWS];
-  if (rows <= 0) return;
-  if (rows <= FEW_ROWS) {
-    float tile[2][FEW_ROWS][LANES];
-    for (int m = 0; m < rows; m++) strip_rows[m] = quantised_row(x.row(m), w[0]->blocks);
-    for (int p = 0; p < matrices; p++) few_rows<bits, kind>(*w[p], w[p]->panel(panel), strip_rows, rows, tile[p]);
-    if (matrices == 2) write_swiglu(tile[0], tile[1], rows, panel, w[0]->rows, out, 0);
-    else write_tile(tile[0], rows, panel, w[0]->rows, out, 0);
-    return;
-  }
-  Unpacked unpacked[2];
-  for (int p = 0; p < matrices; p++) {
-    unpacked[p] = unpacked_at(scratch + p * unpacked_bytes(w[0]->blocks), w[0]->blocks);
-    unpack_panel<bits, kind>(*w[p], w[p]->panel(panel), unpacked[p]);
-  }
-  float tile[2][MOST_QUERIES][LANES];
-  for (int first = 0; first < rows; first += STRIP) {
-    const int count = std::min(STRIP, rows - first);
-    for (int m = 0; m < count; m++) strip_rows[m] = quantised_row(x.row(first + m), w[0]->blocks);
-    strip<kind, bits < 8, matrices>(w[0]->blocks, w[0]->facts().zero, unpacked, strip_rows, count, tile);
+void quantised_panel(const Matrix* const* w, int panel, const Inputs& x, int rows, const Outputs& out) {
+  QuantisedRow some[FEW_ROWS];
+  float tile[2][FEW_ROWS][LANES];
+  for (int first = 0; first < rows; first += FEW_ROWS) {
+    const int count = std::min(FEW_ROWS, rows - first);
+    for (int m = 0; m < count; m++) some[m] = quantised_row(x.row(first + m), w[0]->blocks);
+    for (int p = 0; p < matrices; p++) few_rows<bits, kind>(*w[p], w[p]->panel(panel), some, count, tile[p]);
     if (matrices == 2) write_swiglu(tile[0], tile[1], count, panel, w[0]->rows, out, first);
     else write_tile(tile[0], count, panel, w[0]->rows, out, first);
   }
 }
 
-// Two neighbouring panels of one matrix, for many rows.
-template <int bits, Scales kind>
-void quantised_panel_pair(const Matrix& w, int panel, const Inputs& x, int rows, const Outputs& out, uint8_t* scratch) {
-  QuantisedRow strip_rows[STRIP];
-  Unpacked unpacked[2];
-  for (int p = 0; p < 2; p++) {
-    unpacked[p] = unpacked_at(scratch + p * unpacked_bytes(w.blocks), w.blocks);
-    unpack_panel<bits, kind>(w, w.panel(panel + p), unpacked[p]);
+// Panels over strips of inputs, weights unpacked in memory: gate and up, or one or two neighbours of one matrix.
+template <int bits, Scales kind, int panels, bool swiglu>
+void quantised_strips(const Matrix* const* w, int panel, const Inputs& x, int rows, const Outputs& out, uint8_t* scratch) {
+  const int blocks = w[0]->blocks;
+  Unpacked unpacked[panels];
+  for (int p = 0; p < panels; p++) {
+    unpacked[p] = unpacked_at(scratch + static_cast<size_t>(p) * unpacked_bytes(blocks), blocks);
+    const Matrix& from = *w[swiglu ? p : 0];
+    unpack_panel<bits, kind>(from, from.panel(swiglu ? panel : panel + p), unpacked[p]);
   }
-  float tile[2][MOST_QUERIES][LANES];
+  float tile[panels][STRIP][LANES];
   for (int first = 0; first < rows; first += STRIP) {
     const int count = std::min(STRIP, rows - first);
-    for (int m = 0; m < count; m++) strip_rows[m] = quantised_row(x.row(first + m), w.blocks);
-    strip<kind, bits < 8, 2>(w.blocks, w.facts().zero, unpacked, strip_rows, count, tile);
-    for (int p = 0; p < 2; p++) write_tile(tile[p], count, panel + p, w.rows, out, first);
+    unpacked_times_strip<kind, bits < 8, panels>(blocks, w[0]->facts().zero, unpacked, reinterpret_cast<const StripBlock*>(x.row(first / STRIP)), tile);
+    if constexpr (swiglu) write_swiglu(tile[0], tile[1], count, panel, w[0]->rows, out, first);
+    else
+      for (int p = 0; p < panels; p++) write_tile(tile[p], count, panel + p, w[0]->rows, out, first);
   }
 }
 
@@ -388,10 +363,11 @@ void linear_of(const Matrix& w, int first, int last, const Inputs& x, int rows, 
   if constexpr (is_float(kind)) {
     for (; panel + 1 < last; panel += 2) float_panel_pair<kind>(w, panel, x, rows, out);
     for (; panel < last; panel++) float_panel<kind, 1>(one, panel, x, rows, out);
+  } else if (x.strips) {
+    for (; panel + 1 < last; panel += 2) quantised_strips<bits, kind, 2, false>(one, panel, x, rows, out, scratch);
+    for (; panel < last; panel++) quantised_strips<bits, kind, 1, false>(one, panel, x, rows, out, scratch);
   } else {
-    if (rows > FEW_ROWS)
-      for (; panel + 1 < last; panel += 2) quantised_panel_pair<bits, kind>(w, panel, x, rows, out, scratch);
-    for (; panel < last; panel++) quantised_panel<bits, kind, 1>(one, panel, x, rows, out, scratch);
+    for (; panel < last; panel++) quantised_panel<bits, kind, 1>(one, panel, x, rows, out);
   }
 }
 
@@ -400,7 +376,8 @@ void swiglu_of(const Matrix& gate, const Matrix& up, int first, int last, const 
   const Matrix* both[2] = {&gate, &up};
   for (int panel = first; panel < last; panel++) {
     if constexpr (is_float(kind)) float_panel<kind, 2>(both, panel, x, rows, out);
-    else quantised_panel<bits, kind, 2>(both, panel, x, rows, out, scratch);
+    else if (x.strips) quantised_strips<bits, kind, 2, true>(both, panel, x, rows, out, scratch);
+    else quantised_panel<bits, kind, 2>(both, panel, x, rows, out);
   }
 }
 
@@ -526,6 +503,29 @@ void make_inputs(InputKind kind, const float* x, size_t x_stride, int rows, int 
       } else {
         std::memcpy(reinterpret_cast<float*>(row) + BLOCK * b, block, sizeof padded);
       }
+    }
+  }
+}
+
+void make_strip(const float* x, size_t x_stride, int rows, int cols, uint8_t* out) {
+  StripBlock* blocks = reinterpret_cast<StripBlock*>(out);
+  for (int b = 0; b < (cols + BLOCK - 1) / BLOCK; b++) {
+    StripBlock& block = blocks[b];
+    if (rows < STRIP) std::memset(&block, 0, sizeof block);
+    for (int m = 0; m < rows; m++) {
+      float padded[BLOCK] = {};
+      const float* from = x + x_stride * static_cast<size_t>(m) + BLOCK * b;
+      if (BLOCK * (b + 1) > cols) {
+        std::memcpy(padded, from, sizeof(float) * static_cast<size_t>(cols - BLOCK * b));
+        from = padded;
+      }
+      int8_t q[BLOCK];
+      int32_t halves[2];
+      quantise_block(from, q, &block.scale[m], &block.sum[m], halves);
+      for (int g = 0; g < 8; g++) std::memcpy(block.q[g][m], q + 4 * g, 4);
+      block.whole_sum[m] = halves[0] + halves[1];
+      block.half_sum[0][m] = halves[0];
+      block.half_sum[1][m] = halves[1];
     }
   }
 }
@@ -792,7 +792,7 @@ void divide(const Partial& from, int head_dim, float* out) {
 }
 
 extern const Kernels table;
-const Kernels table = {AYLLU_ISA_NAME, make_inputs,   linear,      linear_swiglu, rms_norm, silu_multiply, rotate,
+const Kernels table = {AYLLU_ISA_NAME, make_inputs, make_strip, linear,      linear_swiglu, rms_norm, silu_multiply, rotate,
                        store_queries,  store_key,     store_value, attend_chunk,  merge,    divide,        unpack_row};
 
 }  // namespace AYLLU_ISA

@@ -8,20 +8,35 @@ namespace ayllu {
 // What happens to results: `set` writes them, `accumulate` adds them to what is there.
 enum class Write : int32_t { set = 0, accumulate = 1 };
 
-// Rows of inputs. index: which of them (null: row i is row i).
+constexpr int FEW_ROWS = 12;  // up to here weights are unpacked in registers, for all rows at once
+constexpr int STRIP = 6;      // rows of quantised inputs that pass together over weights unpacked in memory
+
+// A block of a strip: 32 inputs of 6 rows, group by group of 4, then what belongs to each row's block.
+struct StripBlock {
+  int8_t q[8][STRIP][4];
+  float scale[STRIP];
+  float sum[STRIP];
+  int32_t whole_sum[STRIP];
+  int32_t half_sum[2][STRIP];
+  uint8_t unused[8];
+};
+static_assert(sizeof(StripBlock) == 320);
+
+// Rows of inputs, one after the other, or (quantised ones, when there are many) as strips of 6.
 struct Inputs {
   const uint8_t* data;
-  size_t stride;
-  const int32_t* index;
-  const uint8_t* row(int i) const { return data + stride * static_cast<size_t>(index ? index[i] : i); }
+  size_t stride;  // bytes from row to row, or from strip to strip
+  bool strips;
+  const uint8_t* row(int i) const { return data + stride * static_cast<size_t>(i); }
 };
+
+inline size_t strip_stride(int cols) { return (static_cast<size_t>(cols) + BLOCK - 1) / BLOCK * sizeof(StripBlock); }
 
 struct Outputs {
   float* data;
-  size_t stride;           // floats from row to row
-  const int32_t* index;    // which row each result belongs to (null: in order)
+  size_t stride;  // floats from row to row
   Write write;
-  float* row(int i) const { return data + stride * static_cast<size_t>(index ? index[i] : i); }
+  float* row(int i) const { return data + stride * static_cast<size_t>(i); }
 };
 
 // Keys and values of one layer. A tile holds up to 16 positions of one head: keys as bfloat16
@@ -59,6 +74,8 @@ struct Kernels {
   // x [rows][cols] float32 (row stride given in floats) -> inputs of a kind.
   void (*make_inputs)(InputKind kind, const float* x, size_t x_stride, int rows, int cols, uint8_t* out, size_t stride,
                       int first_block, int last_block);
+  // One strip of quantised inputs from up to 6 rows; missing rows are zero.
+  void (*make_strip)(const float* x, size_t x_stride, int rows, int cols, uint8_t* out);
   // Panels [first, last) of w times rows inputs.
   void (*linear)(const Matrix& w, int first, int last, const Inputs& x, int rows, const Outputs& out, uint8_t* scratch);
   // silu(gate x) * (up x), panels [first, last) of both.
