@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from ayllu import process
@@ -100,7 +101,7 @@ class NativeOpening:
             adapters,
             plan,
             device=f"cpu ({kernels_name()}, {threads} threads{without})",
-            dtype="as stored",
+            dtype=stored_precision(self.checkpoint),
             load_peak_bytes=load_peak,
             reads_images=reads_images,
         )
@@ -123,3 +124,12 @@ class NativeOpening:
             for name, stored in self.checkpoint.tensors.items()
             if name.startswith("vision.")
         )
+
+
+def stored_precision(checkpoint: Checkpoint) -> str:
+    """The encodings of the matrices, most bytes first: "Q4_K + Q6_K"."""
+    sizes: Counter[str] = Counter()
+    for stored in checkpoint.tensors.values():
+        if len(stored.shape) > 1:
+            sizes[stored.encoding] += stored.nbytes
+    return " + ".join(encoding for encoding, _ in sizes.most_common(3))

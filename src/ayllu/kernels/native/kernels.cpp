@@ -209,9 +209,11 @@ void unpacked_times_strip(int blocks, int zero, const Unpacked* w, const StripBl
     for (int m = 0; m < STRIP; m++) store(out[p][m], result[p][m]);
 }
 
+constexpr int FLOAT_STRIP = 12;  // rows that pass together over plain numbers
+
 // Matrices of plain numbers: `panels` panels times `count` rows.
 template <Scales kind, int panels, int count>
-void float_panels_times_rows(const Matrix& w, const uint8_t* const* panel, const uint8_t* const* rows, float (*out)[MOST_QUERIES * 2][LANES]) {
+void float_panels_times_rows(const Matrix& w, const uint8_t* const* panel, const uint8_t* const* rows, float (*out)[FLOAT_STRIP][LANES]) {
   Floats result[panels][count];
   for (int p = 0; p < panels; p++)
     for (int m = 0; m < count; m++) result[p][m] = splat(0.0f);
@@ -258,8 +260,6 @@ inline void write_swiglu(const float (*gate)[LANES], const float (*up)[LANES], i
   write_tile(tile, count, panel, matrix_rows, out, first_row);
 }
 
-constexpr int FLOAT_STRIP = 2 * MOST_QUERIES;
-
 template <int bits, Scales kind>
 void few_rows(const Matrix& w, const uint8_t* panel, const QuantisedRow* rows, int count, float (*out)[LANES]) {
   switch (count) {
@@ -287,8 +287,8 @@ void float_strip(const Matrix& w, const uint8_t* const* panel, const uint8_t* co
     case 4: return float_panels_times_rows<kind, panels, 4>(w, panel, rows, out);
     case 5: return float_panels_times_rows<kind, panels, 5>(w, panel, rows, out);
     case 6: return float_panels_times_rows<kind, panels, 6>(w, panel, rows, out);
-    case 7: case 8: if (count == 8) return float_panels_times_rows<kind, panels, 8>(w, panel, rows, out);
-      return float_panels_times_rows<kind, panels, 7>(w, panel, rows, out);
+    case 7: return float_panels_times_rows<kind, panels, 7>(w, panel, rows, out);
+    case 8: return float_panels_times_rows<kind, panels, 8>(w, panel, rows, out);
     case 9: return float_panels_times_rows<kind, panels, 9>(w, panel, rows, out);
     case 10: return float_panels_times_rows<kind, panels, 10>(w, panel, rows, out);
     case 11: return float_panels_times_rows<kind, panels, 11>(w, panel, rows, out);

@@ -111,7 +111,7 @@ def native_is_built() -> bool:
 @cache
 def native_library() -> Any:
     """The loaded library. Raises UnsupportedError where ayllu was installed without it, or with another's."""
-    path = Path(os.environ.get("AYLLU_NATIVE_LIBRARY") or Path(__file__).parent / _FILE)
+    path = Path(__file__).parent / _FILE
     try:
         library = ctypes.CDLL(str(path))
         for name, (result, arguments) in _SIGNATURES.items():

@@ -141,13 +141,21 @@ void place_numbers(int bits, const uint8_t* q, int lane, uint8_t* block) {
   }
 }
 
+// Stored numbers of `width` bytes (pairs of bfloat16 count as one of four) into their lanes.
+template <size_t width> void spread(const uint8_t* row, size_t count, int lane, uint8_t* out) {
+  for (size_t k = 0; k < count; k++) std::memcpy(out + (k * LANES + static_cast<size_t>(lane)) * width, row + k * width, width);
+}
+
 void pack_floats(const Matrix& m, const uint8_t* rows, size_t stride, int panel, uint8_t* out) {
-  const int width = m.facts().bits / 8, pair = m.facts().scales == Scales::bfloat16 ? 2 : 1;
+  const size_t cols = static_cast<size_t>(m.cols);
   for (int lane = 0; lane < LANES && panel * LANES + lane < m.rows; lane++) {
     const uint8_t* row = rows + stride * static_cast<size_t>(panel * LANES + lane);
-    for (int k = 0; k < m.cols; k++) {
-      const size_t at = (static_cast<size_t>(k / pair) * LANES + static_cast<size_t>(lane)) * static_cast<size_t>(pair) + static_cast<size_t>(k % pair);
-      std::memcpy(out + at * static_cast<size_t>(width), row + static_cast<size_t>(k) * static_cast<size_t>(width), static_cast<size_t>(width));
+    switch (m.facts().scales) {
+      case Scales::float32: spread<4>(row, cols, lane, out); break;
+      case Scales::float16: spread<2>(row, cols, lane, out); break;
+      default:
+        spread<4>(row, cols / 2, lane, out);
+        if (cols % 2) std::memcpy(out + (cols / 2 * LANES + static_cast<size_t>(lane)) * 4, row + (cols - 1) * 2, 2);
     }
   }
 }

@@ -73,7 +73,8 @@ def _is_ready(address: str) -> bool:
 def stream(
     address: str, prompt: list[int], new_tokens: int, *, ignore_stop: bool
 ) -> Iterator[tuple[float, list[int]]]:
-    """One greedy request: the moments its tokens come at, with the tokens."""
+    """One greedy request: the moments its tokens come at, with the tokens. The server never sends some tokens
+    that end in the middle of a character: the last moment has as many ids of -1."""
     body = {
         "prompt": prompt, "n_predict": new_tokens, "stream": True, "cache_prompt": False,
         "ignore_eos": ignore_stop, "temperature": 0, "return_tokens": True,
@@ -81,9 +82,17 @@ def stream(
     request = urllib.request.Request(
         f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
+    sent = 0
     with urllib.request.urlopen(request) as answer:
         for line in answer:
-            if line.startswith(b"data: {") and (tokens := json.loads(line[6:]).get("tokens")):
+            if not line.startswith(b"data: {"):
+                continue
+            part = json.loads(line[6:])
+            tokens = part.get("tokens") or []
+            sent += len(tokens)
+            if part.get("stop"):
+                tokens = [*tokens, *[-1] * max(0, part.get("tokens_predicted", sent) - sent)]
+            if tokens:
                 yield time.perf_counter(), tokens
 
 
