@@ -151,8 +151,9 @@ def error_of(events: list[Event]) -> AylluError:
 
 
 def test_a_greedy_answer_is_the_same_every_time(engine: Engine) -> None:
-    first, second = (ask(engine) for _ in range(2))
-    assert "Paris" in text_of(first)
+    # Not the capital of France: "The" and "L'" are within 0.1 of each other there, less than rounding moves.
+    first, second = (ask(engine, prompt=COUNTING) for _ in range(2))
+    assert text_of(first).startswith(" 9, 10")
     assert text_of(first) == text_of(second)
     done = first[-1]
     assert isinstance(done, Done)
