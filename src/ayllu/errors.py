@@ -187,6 +187,48 @@ class AccessError(AylluError):
     http_status = 403
 
 
+class SignInError(AylluError):
+    """Nobody is signed in, or what was shown (key, cookie, link, password) is wrong, used up or expired."""
+
+    exit_code = 20
+    http_status = 401
+
+
+class ForbiddenError(AylluError):
+    """Somebody is signed in who may not do this."""
+
+    exit_code = 21
+    http_status = 403
+
+
+class NotFoundError(AylluError):
+    """There is no such thing, or none of the caller's: which of the two is not told."""
+
+    exit_code = 22
+    http_status = 404
+
+
+class ConflictError(AylluError):
+    """What was asked contradicts what is there: a name that is taken, a run that has ended."""
+
+    exit_code = 23
+    http_status = 409
+
+
+class TooLargeError(AylluError):
+    """A body or an upload that is larger than allowed."""
+
+    exit_code = 24
+    http_status = 413
+
+
+class StateError(AylluError):
+    """The database of the server cannot be opened, is newer than this program, or does not answer."""
+
+    exit_code = 25
+    http_status = 503
+
+
 def one_line(text: str) -> str:
     """`text` with line breaks and control characters made visible, so that a message stays one line."""
     return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text)

@@ -6,17 +6,17 @@ built-in default. Where it came from is kept beside it, so that a surprising val
 
 from __future__ import annotations
 
-import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import platformdirs
 
 from ayllu.errors import UsageError, did_you_mean
+from ayllu.settings_values import number, one_of, path, size, switch, text, texts, whole
 
 ENVIRONMENT_PREFIX = "AYLLU_"
 
@@ -26,52 +26,17 @@ CacheType = Literal["auto", "int8"]
 GpuWeights = Literal["int4", "int4-128", "int8", "fp8"]
 ExpertPlace = Literal["auto", "memory", "disk"]
 Speculate = Literal["off", "lookup", "draft"]
+LogFormat = Literal["text", "json"]
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("it should be text")
-    return value
+def _about(
+    read: Callable[[object], Any], description: str, *, live: bool = False, secret: bool = False
+) -> dict[str, Any]:
+    """What a field's value is made with, from what was given (ValueError for what it cannot be), and told.
 
-
-def _path(value: object) -> Path:
-    if not isinstance(value, str | Path):
-        raise ValueError("it should be a path")
-    return Path(value)
-
-
-def _timeout(value: object) -> float:
-    try:
-        seconds = float(value) if isinstance(value, str | int | float) and value is not True else math.nan
-    except (ValueError, OverflowError):
-        seconds = math.nan
-    if not 0 < seconds <= 3600:
-        raise ValueError("it should be a number above 0 and at most 3600")
-    return seconds
-
-
-def _threads(value: object) -> int:
-    count = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 5 else value
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 1024:
-        raise ValueError("it should be a whole number from 1 to 1024")
-    return count
-
-
-def _one_of(kind: Any) -> Callable[[object], str]:
-    """kind: a Literal of names."""
-    names = get_args(kind)
-
-    def read(value: object) -> str:
-        if value not in names:
-            raise ValueError(f"it should be {', '.join(names[:-1])} or {names[-1]}")
-        return str(value)
-
-    return read
-
-
-def _about(read: Callable[[object], Any], description: str) -> dict[str, Any]:
-    """What a field's value is made with, from what was given (ValueError for what it cannot be), and told."""
-    return {"read": read, "description": description}
+    live: the server may change it while it runs. secret: its value is never shown.
+    """
+    return {"read": read, "description": description, "live": live, "secret": secret}
 
 
 # Not a pydantic model, which would cost every command 70 ms of start for these few.
@@ -81,51 +46,160 @@ class Settings:
 
     store: Path = field(
         default_factory=lambda: Path(platformdirs.user_data_dir("ayllu", appauthor=False)) / "models",
-        metadata=_about(_path, "Folder that holds pulled models."),
+        metadata=_about(path, "Folder that holds pulled models."),
     )
     default_model: str = field(
         default="qwen2.5-coder-1.5b-instruct",
-        metadata=_about(_text, "Model that `ayllu chat` opens when none is named."),
+        metadata=_about(text, "Model that `ayllu chat` opens when none is named."),
     )
     device: str = field(
-        default="auto", metadata=_about(_text, "Where the model runs: auto, cpu, cuda, cuda:N or mps.")
+        default="auto", metadata=_about(text, "Where the model runs: auto, cpu, cuda, cuda:N or mps.")
     )
     dtype: str = field(
         default="auto",
-        metadata=_about(_text, "Precision of the weights in memory: auto, float32, bfloat16 or float16."),
+        metadata=_about(text, "Precision of the weights in memory: auto, float32, bfloat16 or float16."),
     )
     runner: RunnerName = field(
         default="auto",
-        metadata=_about(_one_of(RunnerName), "What computes: native, torch, or auto."),
+        metadata=_about(one_of(RunnerName), "What computes: native, torch, or auto."),
     )
     threads: int | None = field(
-        default=None, metadata=_about(_threads, "Threads of the native runner; one per processor if not set.")
+        default=None,
+        metadata=_about(whole(1, 1024), "Threads of the native runner; one per processor if not set."),
     )
     cache_type: CacheType = field(
         default="auto",
-        metadata=_about(_one_of(CacheType), "How keys and values are kept: auto or int8."),
+        metadata=_about(one_of(CacheType), "How keys and values are kept: auto or int8."),
     )
     weights: GpuWeights | None = field(
         default=None,
         metadata=_about(
-            _one_of(GpuWeights),
+            one_of(GpuWeights),
             "How weights are packed on an NVIDIA GPU: int4, int4-128, int8 or fp8.",
         ),
     )
     experts: ExpertPlace = field(
         default="auto",
-        metadata=_about(_one_of(ExpertPlace), "Where a mixture's experts are: memory, disk, or auto."),
+        metadata=_about(one_of(ExpertPlace), "Where a mixture's experts are: memory, disk, or auto."),
     )
     speculate: Speculate | None = field(
         default=None,
-        metadata=_about(_one_of(Speculate), "How tokens are drafted ahead: off, lookup or draft."),
+        metadata=_about(one_of(Speculate), "How tokens are drafted ahead: off, lookup or draft."),
     )
     draft: str | None = field(
-        default=None, metadata=_about(_text, "Smaller model of the same family that drafts.")
+        default=None, metadata=_about(text, "Smaller model of the same family that drafts.")
     )
     timeout_s: float = field(
         default=30.0,
-        metadata=_about(_timeout, "Seconds without a byte after which a source counts as stalled."),
+        metadata=_about(
+            number(0, 3600, above=True), "Seconds without a byte after which a source counts as stalled."
+        ),
+    )
+    host: str = field(
+        default="127.0.0.1",
+        metadata=_about(text, "Address that the server listens on; default: this machine alone."),
+    )
+    port: int = field(default=8420, metadata=_about(whole(0, 65535), "Port that the server listens on."))
+    data: Path = field(
+        default_factory=lambda: Path(platformdirs.user_data_dir("ayllu", appauthor=False)) / "server",
+        metadata=_about(path, "Folder that holds the server's database, backups and adapters."),
+    )
+    database: str | None = field(
+        default=None,
+        metadata=_about(
+            text,
+            "Database of the server: postgresql://user@host/name. Default: a file in `data`.",
+            secret=True,
+        ),
+    )
+    public_url: str | None = field(
+        default=None,
+        metadata=_about(text, "Address by which people reach the server, if a proxy stands before it."),
+    )
+    allowed_hosts: tuple[str, ...] = field(
+        default=(), metadata=_about(texts, "Names, beside its own, that the server may be asked under.")
+    )
+    allowed_origins: tuple[str, ...] = field(
+        default=(), metadata=_about(texts, "Origins of web pages that may use the API from a browser (CORS).")
+    )
+    tls_certificate: Path | None = field(
+        default=None, metadata=_about(path, "File of the TLS certificate chain (PEM).")
+    )
+    tls_key: Path | None = field(default=None, metadata=_about(path, "File of the TLS key (PEM)."))
+    memory: int | None = field(
+        default=None,
+        metadata=_about(
+            size, "Memory that all loaded models may take together, such as 12G. Default: 80% of it."
+        ),
+    )
+    keep_alive_s: float = field(
+        default=1800.0,
+        metadata=_about(number(0, 31_536_000), "Seconds that an unused model stays loaded.", live=True),
+    )
+    context: int | None = field(
+        default=None,
+        metadata=_about(whole(2, 1 << 31), "Tokens of prompt and answer that the server plans for."),
+    )
+    slots: int | None = field(
+        default=None, metadata=_about(whole(1, 1024), "Answers that one model works on at a time.")
+    )
+    requests_per_minute: int = field(
+        default=600, metadata=_about(whole(1, 1_000_000), "Requests of one user in a minute.", live=True)
+    )
+    tokens_per_minute: int = field(
+        default=1_000_000,
+        metadata=_about(
+            whole(1, 1_000_000_000), "Tokens, read and made, of one user in a minute.", live=True
+        ),
+    )
+    concurrent_requests: int = field(
+        default=32, metadata=_about(whole(1, 100_000), "Requests of one user at a time.", live=True)
+    )
+    queue_requests: int = field(
+        default=128,
+        metadata=_about(whole(1, 100_000), "Requests of all users at a time; more are refused.", live=True),
+    )
+    queue_tokens: int = field(
+        default=4_000_000,
+        metadata=_about(whole(1, 1 << 40), "Tokens, of prompts and answers asked for, at a time.", live=True),
+    )
+    upload_bytes: int = field(
+        default=64 << 20, metadata=_about(size, "Size of one uploaded file at most.", live=True)
+    )
+    user_bytes: int = field(
+        default=1 << 30, metadata=_about(size, "Size of all files that one user keeps.", live=True)
+    )
+    remote_images: bool = field(
+        default=False,
+        metadata=_about(
+            switch, "Whether image URLs in requests are fetched from public addresses.", live=True
+        ),
+    )
+    session_hours: float = field(
+        default=24.0, metadata=_about(number(0, 24, above=True), "Hours that a sign-in lasts.", live=True)
+    )
+    stop_timeout_s: float = field(
+        default=30.0, metadata=_about(number(0, 3600), "Seconds that open answers get when the server stops.")
+    )
+    log_format: LogFormat = field(
+        default="text", metadata=_about(one_of(LogFormat), "Lines of the log: text or json.")
+    )
+    otel_endpoint: str | None = field(
+        default=None,
+        metadata=_about(text, "Address that traces are sent to (OTLP over HTTP). Default: nowhere."),
+    )
+    oidc_issuer: str | None = field(
+        default=None, metadata=_about(text, "Address of an OpenID Connect provider that people sign in with.")
+    )
+    oidc_client_id: str | None = field(
+        default=None, metadata=_about(text, "Name of this server at that provider.")
+    )
+    oidc_client_secret: str | None = field(
+        default=None, metadata=_about(text, "Its secret there.", secret=True)
+    )
+    oidc_admins: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(texts, "Subjects or e-mail addresses that become admins when they sign in."),
     )
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 

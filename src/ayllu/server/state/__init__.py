@@ -1,0 +1,1 @@
+"""What the server remembers: users, keys, sessions, conversations, runs, files, settings, an audit log."""
