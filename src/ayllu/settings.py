@@ -126,6 +126,10 @@ class Settings:
         default=None, metadata=_about(path, "File of the TLS certificate chain (PEM).")
     )
     tls_key: Path | None = field(default=None, metadata=_about(path, "File of the TLS key (PEM)."))
+    plain_http: bool = field(
+        default=False,
+        metadata=_about(switch, "Whether to listen beyond this machine without TLS."),
+    )
     memory: int | None = field(
         default=None,
         metadata=_about(

@@ -27,6 +27,7 @@ from ayllu.engine.events import (
     TokenLogprob,
     ToolCallMade,
 )
+from ayllu.engine.openai.body import InvalidBodyError
 from ayllu.engine.openai.requests import EmbedCall, GenerateCall
 from ayllu.engine.protocol import Embeddings
 from ayllu.engine.requests import GenerateRequest, TextPrompt
@@ -151,10 +152,12 @@ def usage(done: Sequence[Done]) -> dict[str, Any]:
 def embeddings_body(call: EmbedCall, made: Embeddings, *, model: str) -> dict[str, Any]:
     """The response to `call`. base64 is of little-endian 32-bit floats, as the API has it.
 
-    Raises RequestFailedError for a vector that holds no numbers, which JSON could not say either.
+    Raises RequestFailedError for a vector that holds no numbers, which JSON could not say either, and
+    InvalidBodyError where fewer dimensions are asked for than 1 or more than the model has.
     """
     if not all(math.isfinite(value) for vector in made.vectors for value in vector):
         raise RequestFailedError("An embedding holds a number that is not finite.", "Change the input.")
+    vectors = [_shortened(vector, call.dimensions) for vector in made.vectors]
     return {
         "object": "list",
         "data": [
@@ -163,11 +166,26 @@ def embeddings_body(call: EmbedCall, made: Embeddings, *, model: str) -> dict[st
                 "index": index,
                 "embedding": _floats_in_base64(vector) if call.as_base64 else list(vector),
             }
-            for index, vector in enumerate(made.vectors)
+            for index, vector in enumerate(vectors)
         ],
         "model": model,
         "usage": {"prompt_tokens": made.prompt_tokens, "total_tokens": made.prompt_tokens},
     }
+
+
+def _shortened(vector: Sequence[float], dimensions: int | None) -> Sequence[float]:
+    """The first numbers of the vector, of unit length again. One that begins with nothing stays nothing."""
+    if dimensions is None or dimensions == len(vector):
+        return vector
+    if not 1 <= dimensions <= len(vector):
+        raise InvalidBodyError(
+            f"dimensions = {dimensions}, and the model's vectors have {len(vector)}.",
+            f"Ask for 1 to {len(vector)}.",
+            param="dimensions",
+        )
+    cut = vector[:dimensions]
+    length = math.hypot(*cut)
+    return [value / length for value in cut] if length else cut
 
 
 def _floats_in_base64(vector: Sequence[float]) -> str:
@@ -253,13 +271,13 @@ def _completion_choice(call: GenerateCall, part: Collected, index: int, answer: 
         (token.token_bytes, token) for token in answer.logprobs
     ]
     if call.echo:
-        prompt_text, prompt_tokens = _echoed(part)
+        prompt_text, prompt_tokens = echoed(part)
         text = prompt_text + text
         tokens = prompt_tokens + tokens
     choice: dict[str, Any] = {
         "index": index,
         "text": text,
-        "logprobs": None if part.request.logprobs is None else _completion_logprobs(tokens),
+        "logprobs": None if part.request.logprobs is None else completion_logprobs(tokens),
         "finish_reason": answer.reason,
     }
     if call.shows_prompt_logprobs:
@@ -267,7 +285,7 @@ def _completion_choice(call: GenerateCall, part: Collected, index: int, answer: 
     return choice
 
 
-def _echoed(part: Collected) -> tuple[str, list[tuple[bytes, TokenLogprob | None]]]:
+def echoed(part: Collected) -> tuple[str, list[tuple[bytes, TokenLogprob | None]]]:
     """The prompt's text, and where it was scored its tokens' bytes and scores.
 
     The first token has no score; a control token there, such as BOS, is no text.
@@ -281,15 +299,16 @@ def _echoed(part: Collected) -> tuple[str, list[tuple[bytes, TokenLogprob | None
     return text, [(scored.first_bytes, None), *((token.token_bytes, token) for token in tokens)]
 
 
-def _completion_logprobs(tokens: Sequence[tuple[bytes, TokenLogprob | None]]) -> dict[str, Any]:
-    """Tokens in the layout of text completions. Offsets count characters of the choice's text; a token that
-    begins inside a character has the offset of that character."""
+def completion_logprobs(
+    tokens: Sequence[tuple[bytes, TokenLogprob | None]], offset: int = 0
+) -> dict[str, Any]:
+    """Tokens in the layout of text completions. Offsets count characters of the choice's text, of which
+    `offset` were said before; a token that begins inside a character has the offset of that character."""
     texts: list[str] = []
     offsets: list[int] = []
     logprobs: list[float | None] = []
     tops: list[dict[str, float] | None] = []
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    offset = 0
     for data, token in tokens:
         offsets.append(offset)
         texts.append(_shown(data))

@@ -1,0 +1,267 @@
+"""One call to a model, from admission to its last event: the way that every endpoint's requests take.
+
+The engine says its events in a thread of its own; here they come out in the event loop, as many at a time as
+have come. Whoever leaves the block ends what is still computed for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ayllu.engine.events import TERMINAL, Done, Event, Failed, TextDelta
+from ayllu.engine.openai.requests import GenerateCall
+from ayllu.engine.protocol import Engine, Stream
+from ayllu.engine.requests import ChatPrompt, GenerateRequest, TextPrompt, TokenPrompt
+from ayllu.errors import AylluError, EngineUnavailableError, OverloadedError
+from ayllu.server.shapes import ServerEvent, Shape
+
+if TYPE_CHECKING:
+    from ayllu.server.access import Identity
+    from ayllu.server.limits import Limiter, Ticket
+    from ayllu.server.metrics import Metrics, Watch
+    from ayllu.server.models import ModelPool
+
+UNLIMITED_ANSWER = 1024
+"""Tokens charged beforehand for an answer whose length nobody limited."""
+
+CHARACTERS_PER_TOKEN = 3
+IMAGE_TOKENS = 1024
+
+
+class Generation:
+    """The events of one call under way. Iterate over it for what has come since the last time."""
+
+    def __init__(self, call: GenerateCall, watches: Sequence[Watch]) -> None:
+        self.call = call
+        self.used_tokens = 0
+        self._watches = watches
+        self._loop = asyncio.get_running_loop()
+        self._pending: deque[tuple[int, Event]] = deque()
+        self._arrival: asyncio.Future[None] | None = None
+        self._notified = False
+        self._open = len(call.requests)
+        self.streams: list[Stream] = []
+
+    def receiver(self, part: int) -> Callable[[Event], None]:
+        """What takes the events of engine request `part`, from any thread."""
+
+        def deliver(event: Event) -> None:
+            self._pending.append((part, event))
+            if not self._notified:
+                self._notified = True
+                self._loop.call_soon_threadsafe(self._wake)
+
+        return deliver
+
+    def _wake(self) -> None:
+        arrival = self._arrival
+        if arrival is not None and not arrival.done():
+            arrival.set_result(None)
+
+    async def batches(self) -> AsyncIterator[list[tuple[int, Event]]]:
+        """Everything, in order; a failed part raises its error."""
+        while self._open:
+            if not self._pending:
+                self._arrival = self._loop.create_future()
+                self._notified = False
+                if not self._pending:
+                    await self._arrival
+                self._arrival = None
+            taken = self._take()
+            for part, event in taken:
+                self._watches[part].event(event)
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, Done):
+                    self.used_tokens += event.prompt_tokens + event.new_tokens
+                self._open -= isinstance(event, TERMINAL)
+            yield taken
+
+    def _take(self) -> list[tuple[int, Event]]:
+        """All that waits; text that came in several pieces meanwhile, as for a slow reader, becomes one."""
+        taken: list[tuple[int, Event]] = []
+        while self._pending:
+            part, event = self._pending.popleft()
+            if taken and isinstance(event, TextDelta) and taken[-1][0] == part:
+                last = taken[-1][1]
+                if isinstance(last, TextDelta) and last.index == event.index:
+                    taken[-1] = (part, _joined(last, event))
+                    continue
+            taken.append((part, event))
+        return taken
+
+    def fail(self, error: AylluError) -> None:
+        """End the call with an error of the server's own."""
+        self.receiver(0)(Failed(error))
+
+    def cancel(self) -> None:
+        """End what is still computed."""
+        for stream in self.streams:
+            stream.cancel()
+
+
+def _joined(first: TextDelta, second: TextDelta) -> TextDelta:
+    return TextDelta(
+        first.index,
+        first.text + second.text,
+        first.token_ids + second.token_ids,
+        first.logprobs + second.logprobs,
+    )
+
+
+class Generator:
+    """Takes calls: who asks, may they, which model, and then the engine."""
+
+    def __init__(self, models: ModelPool, limiter: Limiter, metrics: Metrics, threads: Executor) -> None:
+        self.models = models
+        self.stopping = False
+        self.open: set[Generation] = set()
+        self._limiter = limiter
+        self._metrics = metrics
+        self._threads = threads
+
+    @asynccontextmanager
+    async def generate(self, identity: Identity, call: GenerateCall) -> AsyncIterator[Generation]:
+        """The call under way. Raises what refuses it: UnknownModelError, OverloadedError, or as the engine."""
+        self.require_running()
+        self.models.resolve(call.model)
+        with self.admitted(identity, _cost(call), sum(one.n for one in call.requests)) as ticket:
+            async with self.models.lease(call.model) as lease:
+                call = replace(
+                    call, requests=tuple(replace(one, adapter=lease.adapter) for one in call.requests)
+                )
+                watches = [
+                    self._metrics.started(lease.name, params_n=one.n, params_max_tokens=one.max_new_tokens)
+                    for one in call.requests
+                ]
+                generation = Generation(call, watches)
+                self.open.add(generation)
+                outcome: str | AylluError = "abort"
+                try:
+                    for part, one in enumerate(call.requests):
+                        await self._submit(lease.engine, generation, part, one)
+                    yield generation
+                    outcome = "stop"
+                except AylluError as error:
+                    outcome = error
+                    raise
+                finally:
+                    self.open.discard(generation)
+                    generation.cancel()
+                    ticket.settle(
+                        generation.used_tokens or (0 if isinstance(outcome, AylluError) else _cost(call))
+                    )
+                    for watch in watches:
+                        watch.ended(outcome)
+
+    def fail_all(self, error: AylluError) -> None:
+        """End everything that is open with `error`."""
+        for generation in list(self.open):
+            generation.fail(error)
+
+    def require_running(self) -> None:
+        """Raises EngineUnavailableError once the server is about to stop."""
+        if self.stopping:
+            error = EngineUnavailableError("The server is stopping.", "Try again when it has started again.")
+            error.retry_after_s = 5.0  # type: ignore[attr-defined]
+            raise error
+
+    @contextmanager
+    def admitted(self, identity: Identity, tokens: int, answers: int = 1) -> Iterator[Ticket]:
+        """A place among those that are served. Raises OverloadedError."""
+        key = identity.key
+        try:
+            ticket = self._limiter.admit(
+                identity.user_id,
+                None if key is None else key.id,
+                tokens=tokens,
+                own=identity.user.limits,
+                key_own={} if key is None else key.limits,
+                answers=answers,
+            )
+        except OverloadedError:
+            self._metrics.refused("limit")
+            raise
+        try:
+            yield ticket
+        finally:
+            ticket.release()
+
+    async def _submit(
+        self, engine: Engine, generation: Generation, part: int, request: GenerateRequest
+    ) -> None:
+        """In a thread: rendering, tokenising and checking a grammar take their time."""
+        submitting = asyncio.get_running_loop().run_in_executor(
+            self._threads, engine.submit, request, generation.receiver(part)
+        )
+        try:
+            generation.streams.append(await asyncio.shield(submitting))
+        except asyncio.CancelledError:
+            submitting.add_done_callback(_cancel_late)
+            raise
+        except OverloadedError:
+            self._metrics.refused("engine")
+            raise
+
+
+def _cancel_late(submitting: asyncio.Future[Stream]) -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().cancel()
+
+
+def _cost(call: GenerateCall) -> int:
+    """Tokens that the call may take, before anything is tokenised."""
+    return sum(
+        _prompt_tokens(one) + one.n * (UNLIMITED_ANSWER if one.max_new_tokens is None else one.max_new_tokens)
+        for one in call.requests
+    )
+
+
+def _prompt_tokens(request: GenerateRequest) -> int:
+    match request.prompt:
+        case ChatPrompt(messages):
+            images = sum(len(message.parts) for message in messages) - len(messages)
+            characters = sum(len(message.text) for message in messages)
+            return characters // CHARACTERS_PER_TOKEN + max(images, 0) * IMAGE_TOKENS + 8 * len(messages)
+        case TextPrompt(text):
+            return len(text) // CHARACTERS_PER_TOKEN + 1
+        case TokenPrompt(token_ids):
+            return len(token_ids)
+    return 0
+
+
+async def streamed(
+    generator: Generator, identity: Identity, call: GenerateCall, shape: Shape
+) -> AsyncIterator[list[ServerEvent]]:
+    """What goes to the client of a streamed call. What refuses the call is raised before the first batch, so
+    that it can still become an error status; a later error becomes the stream's end."""
+    async with generator.generate(identity, call) as generation:
+        yield [*shape.opening()]
+        try:
+            async for batch in generation.batches():
+                said = [event for part, one in batch for event in shape.add(part, one)]
+                if said:
+                    yield said
+            yield [*shape.closing()]
+        except AylluError as error:
+            yield [*shape.failed(error)]
+            raise
+
+
+async def collected(generator: Generator, identity: Identity, call: GenerateCall, shape: Shape) -> None:
+    """Take everything into `shape`, whose `result` is then valid."""
+    async with generator.generate(identity, call) as generation:
+        for _ in shape.opening():
+            pass
+        async for batch in generation.batches():
+            for part, event in batch:
+                for _ in shape.add(part, event):
+                    pass
+        for _ in shape.closing():
+            pass

@@ -1,0 +1,1 @@
+"""The endpoints, a file for each family. They translate; what they ask for is done elsewhere."""
