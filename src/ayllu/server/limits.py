@@ -58,7 +58,7 @@ class Limits:
 class _Bucket:
     """What was spent and is not yet forgiven; it drains at `per_minute` a minute.
 
-    A charge larger than the bucket passes when nothing is spent, and leaves a debt that is paid like any other.
+    A charge larger than the bucket passes when nothing is spent, and leaves a debt.
     """
 
     __slots__ = ("_at", "_spent", "per_minute")
@@ -209,6 +209,7 @@ class Limiter:
         self._accounts: OrderedDict[tuple[str, str], _Account] = OrderedDict()
         self._holders: dict[str, _Account] = {}
         self._wanting: OrderedDict[str, float] = OrderedDict()
+        self._pruned_at = -math.inf
         self._completions = _Completions()
 
     def __len__(self) -> int:
@@ -235,7 +236,7 @@ class Limiter:
         tokens = max(0, tokens)
         if tokens > self.limits.queue_tokens:
             raise UsageError(
-                f"The request may take {tokens} tokens; this server takes {self.limits.queue_tokens} at a time.",
+                f"The request may take {tokens} tokens; queue_tokens is {self.limits.queue_tokens}.",
                 "Ask for fewer answers, or set a smaller max_tokens.",
             )
         self._forget_idle(now)
@@ -315,8 +316,9 @@ class Limiter:
         lacking = self.held + places - limits.queue_requests
         lacking_tokens = self.held_tokens + tokens - limits.queue_tokens
         is_full = self.held > 0 and (lacking > 0 or lacking_tokens > 0)
-        active = len(self._holders.keys() | self._wanting_now(now) | {user_id})
-        if not is_full and self._is_fair(account, places, tokens, active):
+        if not is_full and (
+            account.held == 0 or self._is_fair(account, places, tokens, self._active(user_id, now))
+        ):
             return
         wait = _whole_seconds(self._completions.wait_s(now, max(1, lacking), max(0, lacking_tokens)))
         self._want(user_id, now + wait + RETURN_GRACE_S)
@@ -327,15 +329,13 @@ class Limiter:
                 retry_after_s=wait,
             )
         raise OverloadedError(
-            f"The queue is more than half full, and this user has its share of it: 1 of {active}.",
+            "The queue is more than half full, and this user has an equal share of it already.",
             "Try again when one of its requests has ended.",
             retry_after_s=wait,
         )
 
     def _is_fair(self, account: _Account, places: int, tokens: int, active: int) -> bool:
-        """Equal shares bind once the queue is more than half full, and only whoever holds something."""
-        if account.held == 0:
-            return True
+        """Equal shares bind once the queue is more than half full."""
         limits = self.limits
         if self.held + places > limits.queue_requests // 2:
             share = max(1, limits.queue_requests // active)
@@ -345,11 +345,14 @@ class Limiter:
             return account.held_tokens + tokens <= limits.queue_tokens // active
         return True
 
-    def _wanting_now(self, now: float) -> set[str]:
-        for user_id, until in list(self._wanting.items()):
-            if until < now:
-                del self._wanting[user_id]
-        return set(self._wanting)
+    def _active(self, user_id: str, now: float) -> int:
+        """How many users share the queue: who holds some of it, and who was refused and will come again."""
+        if now - self._pruned_at >= 1.0:
+            self._pruned_at = now
+            for name in [name for name, until in self._wanting.items() if until < now]:
+                del self._wanting[name]
+        wanting = self._wanting
+        return len(wanting) + sum(name not in wanting for name in {*self._holders, user_id})
 
     def _want(self, user_id: str, until: float) -> None:
         self._wanting[user_id] = until
@@ -381,7 +384,7 @@ def _require_buckets(charge: _Charge, tokens: int, now: float) -> None:
     wait, kind, limit = max(refusals, default=(0.0, "", 0))
     if wait > 0:
         raise OverloadedError(
-            f"This {charge.owner} has used its {kind} of this minute; the limit ({kind}_per_minute) is {limit}.",
+            f"This {charge.owner} has used its {kind} for now; the limit ({kind}_per_minute) is {limit}.",
             f"Try again in {duration_text(math.ceil(wait))}.",
             retry_after_s=math.ceil(wait),
         )

@@ -1,0 +1,1 @@
+"""OpenAI's Responses: bodies to what an engine is asked, and its events to a response that can be resumed."""
