@@ -1,7 +1,8 @@
 """One typed settings object for the whole program.
 
 Each value comes from the first of: command-line flag, environment (`AYLLU_<NAME>`), settings file (TOML),
-built-in default. Where it came from is kept beside it, so that a surprising value can be explained.
+built-in default. A running server has one more layer above the defaults: what an admin stored (`with_stored`).
+Where a value came from is kept beside it, so that a surprising one can be explained (`describe`).
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import platformdirs
 
@@ -19,6 +21,10 @@ from ayllu.errors import UsageError, did_you_mean
 from ayllu.settings_values import number, one_of, path, size, switch, text, texts, whole
 
 ENVIRONMENT_PREFIX = "AYLLU_"
+DEFAULT = "default"
+STORED = "stored"
+MASK = "***"
+"""Shown in place of a secret."""
 
 # What `engine.options` says of each; rooms below do not import it, and a test compares them.
 RunnerName = Literal["auto", "native", "torch"]
@@ -208,8 +214,8 @@ class Settings:
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def origin(self, name: str) -> str:
-        """Where the value of `name` came from: 'flag', an environment variable, a file, or 'default'."""
-        return self.origins.get(name, "default")
+        """Where the value of `name` came from: 'flag', an environment variable, a file, 'stored' or 'default'."""
+        return self.origins.get(name, DEFAULT)
 
 
 _KNOBS = {knob.name: knob.metadata for knob in fields(Settings) if knob.metadata}
@@ -256,14 +262,101 @@ def load_settings(
             _require_known(name, "flag")
             values[name], origins[name] = value, "flag"
     for name, value in values.items():
-        try:
-            values[name] = _KNOBS[name]["read"](value)
-        except ValueError as error:
-            raise UsageError(
-                f"{name} = {value!r} (from {origins[name]}) is not valid: {error}.",
-                f"{name} means: {_KNOBS[name]['description']}",
-            ) from error
+        values[name] = _read(name, value, origins[name])
     return Settings(**values, origins=origins)
+
+
+def _read(name: str, value: object, origin: str) -> Any:
+    try:
+        return _KNOBS[name]["read"](value)
+    except ValueError as error:
+        shown = MASK if _KNOBS[name]["secret"] else repr(value)
+        raise UsageError(
+            f"{name} = {shown} (from {origin}) is not valid: {error}.",
+            f"{name} means: {_KNOBS[name]['description']}",
+        ) from error
+
+
+def with_stored(settings: Settings, stored: Mapping[str, Any], *, strict: bool = False) -> Settings:
+    """`settings`, with what an admin stored where neither a flag nor the environment nor a file says otherwise.
+
+    settings: as they were given, without an earlier layer. A stored value that cannot be is reported in the
+    log and ignored, as a server must start all the same; strict: it raises UsageError.
+    """
+    changes: dict[str, Any] = {}
+    for name, value in stored.items():
+        try:
+            _require_known(name, STORED)
+            if not _KNOBS[name]["live"]:
+                raise UsageError(f"{name} cannot change while the server runs.", _NOT_LIVE)
+            read = _read(name, value, STORED)
+        except UsageError as error:
+            if strict:
+                raise
+            import logging
+
+            logging.getLogger("ayllu.settings").warning("a stored setting is ignored: %s", error.problem)
+            continue
+        if settings.origin(name) in (DEFAULT, STORED):
+            changes[name] = read
+    origins = {**settings.origins, **dict.fromkeys(changes, STORED)}
+    return replace(settings, **changes, origins=origins)
+
+
+_NOT_LIVE = "Set it by a flag, the environment or the settings file, and start again."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knob:
+    """One setting, to be shown. value: a secret is masked. live: an admin may change it while the server runs.
+    pinned: a flag, the environment or the file sets it, so what is stored does not count."""
+
+    name: str
+    value: Any
+    origin: str
+    description: str
+    live: bool
+    secret: bool
+    pinned: bool
+
+
+def describe(settings: Settings) -> list[Knob]:
+    """Every setting, in the order in which `Settings` has them."""
+    return [
+        Knob(
+            name=name,
+            value=_shown(getattr(settings, name), secret=about["secret"]),
+            origin=settings.origin(name),
+            description=about["description"],
+            live=about["live"],
+            secret=about["secret"],
+            pinned=settings.origin(name) not in (DEFAULT, STORED),
+        )
+        for name, about in _KNOBS.items()
+    ]
+
+
+def _shown(value: Any, *, secret: bool) -> Any:
+    """`value` without what must not be seen: a secret, or the password inside an address."""
+    if isinstance(value, tuple):
+        return tuple(_shown(item, secret=secret) for item in value)
+    if isinstance(value, str) and "://" in value:
+        return _without_password(value)
+    return MASK if secret and value is not None else value
+
+
+def _without_password(address: str) -> str:
+    """An address keeps what helps to recognise it; its query may hold a password too, and goes whole."""
+    try:
+        parts = urlsplit(address)
+        user, at, place = parts.netloc.rpartition("@")
+    except ValueError:
+        return MASK
+    name, colon, _ = user.partition(":")
+    scheme, _, _ = address.partition("://")
+    query = f"?{MASK}" if parts.query else ""
+    fragment = f"#{MASK}" if parts.fragment else ""
+    return f"{scheme}://{name}{f':{MASK}' if colon else ''}{at}{place}{parts.path}{query}{fragment}"
 
 
 def _require_known(name: str, origin: str) -> None:

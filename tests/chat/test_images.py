@@ -187,8 +187,27 @@ def huge_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+def gif(frames: int) -> bytes:
+    """A small animation, written block by block: Pillow would join frames that are alike."""
+    whole = encoded(picture(4, 4).convert("P"), "GIF")
+    head = 13 + (3 << ((whole[10] & 7) + 1))
+    return whole[:head] + whole[head:-1] * frames + whole[-1:]
+
+
+def animation(kind: str, frames: int) -> bytes:
+    data = io.BytesIO()
+    pictures = [Image.new("RGB", (4, 4), (number % 256, number // 256, 0)) for number in range(frames)]
+    pictures[0].save(data, kind, save_all=True, append_images=pictures[1:])
+    return data.getvalue()
+
+
 PNG = encoded(picture(20, 20))
 HOSTILE = {
+    "10,000 frames": gif(10_000),
+    "65 frames": gif(65),
+    "65 frames of WebP": animation("WEBP", 65),
+    "65 frames of PNG": animation("PNG", 65),
+    "an animation cut off": gif(10)[:40],
     "nothing": b"",
     "text": b"hello",
     "header only": PNG[:20],
@@ -214,6 +233,17 @@ def test_hostile_bytes_are_an_image_error_without_paths_or_addresses(name: str) 
     assert "/" not in message
     assert "BytesIO" not in message
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("data", [gif(64), animation("WEBP", 64), animation("PNG", 64), gif(1)])
+def test_of_an_animation_the_first_frame_counts(data: bytes) -> None:
+    assert tile_image(data).pixels.shape == (1, 3, 336, 336)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_one_pixel_is_an_image(kind: str) -> None:
+    """Such a one once brought an inference server down."""
+    assert tile_image(encoded(Image.new("RGB", (1, 1), "white"), kind)).pixels.shape == (1, 3, 336, 336)
 
 
 @settings(deadline=None)

@@ -13,16 +13,18 @@ from pathlib import Path
 
 from ayllu.engine.events import AnswerFinished, Done, Event, Failed, Started, TextDelta
 from ayllu.engine.protocol import Embeddings, EngineInfo, EngineStats, Stream
-from ayllu.engine.requests import ChatPrompt, EmbedRequest, GenerateRequest, TextPrompt
+from ayllu.engine.requests import ChatPrompt, EmbedRequest, GenerateRequest, InfillPrompt, TextPrompt
 from ayllu.errors import AylluError, EngineUnavailableError, OverloadedError
 
 Script = Callable[[GenerateRequest], Iterable[Event]]
 
 
 def prompt_text(request: GenerateRequest) -> str:
-    """What the request says: its last message, its text, or its tokens as numbers."""
+    """What the request says: its last message, its text (with its gap as …), or its tokens as numbers."""
     if isinstance(request.prompt, ChatPrompt):
         return request.prompt.messages[-1].text
+    if isinstance(request.prompt, InfillPrompt):
+        return f"{request.prompt.prefix}…{request.prompt.suffix}"
     return request.prompt.text if isinstance(request.prompt, TextPrompt) else str(request.prompt.token_ids)
 
 

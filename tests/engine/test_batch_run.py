@@ -339,6 +339,12 @@ def test_one_failed_prompt_fails_its_body_once_and_stops_the_others(batch: Batch
     assert sum(engine.submitted.values()) < 10
 
 
+def test_too_many_dimensions_are_that_requests_mistake(batch: Batch) -> None:
+    wide = request("a", url="/v1/embeddings", body={"input": "x", "dimensions": 3})
+    batch.run(ScriptedEngine(), wide, embedding("b", "y"))
+    assert {name: answer["status_code"] for name, answer in batch.answers.items()} == {"a": 400, "b": 200}
+
+
 def test_embeddings_fail_as_requests_do(batch: Batch) -> None:
     class Moody(ScriptedEngine):
         calls = 0

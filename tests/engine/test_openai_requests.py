@@ -29,6 +29,7 @@ from ayllu.engine.requests import (
     ChatPrompt,
     ChoiceStructure,
     GrammarStructure,
+    InfillPrompt,
     JsonStructure,
     RegexStructure,
     TextPrompt,
@@ -486,7 +487,9 @@ def test_echo_has_the_prompt_scored_only_where_it_must_be() -> None:
         ({"prompt": [True]}, "prompt.0", "no text and no list"),
         ({"prompt": {"a": 1}}, "prompt", "nothing to read"),
         ({"prompt": ["x"] * (MAX_PROMPTS + 1)}, "prompt", str(MAX_PROMPTS)),
-        ({"prompt": "x", "suffix": "y"}, "suffix", "fill-in-the-middle"),
+        ({"prompt": [1, 2], "suffix": "y"}, "suffix", "as text"),
+        ({"prompt": "x", "suffix": "y", "echo": True}, "echo", "suffix"),
+        ({"prompt": "x", "suffix": ["y"]}, "suffix", "string"),
         ({"prompt": "x", "best_of": 2}, "best_of", "choose among them"),
         ({"prompt": "x", "logprobs": True}, "logprobs", "integer"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens", "echo with logprobs"),
@@ -499,6 +502,48 @@ def test_a_wrong_completion_is_named(fields: dict[str, Any], param: str, says: s
     error = refused(completion_call, fields)
     assert error.param == param
     assert says in str(error)
+
+
+def test_a_suffix_makes_a_gap_to_fill_and_an_empty_one_makes_none() -> None:
+    call = completion_call({"prompt": ["a", "b"], "suffix": "z"})
+    assert [one.prompt for one in call.requests] == [InfillPrompt("a", "z"), InfillPrompt("b", "z")]
+    for nothing in ("", None):
+        assert completion_call({"prompt": "a", "suffix": nothing}).requests[0].prompt == TextPrompt("a")
+
+
+def test_images_that_are_not_in_the_request_are_asked_for_by_name() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def image_of(url: str, param: str) -> bytes:
+        asked.append((url, param))
+        return b"bytes of " + url.encode()
+
+    parts = [
+        {"type": "image_url", "image_url": {"url": "https://host/a.png"}},
+        {"type": "image_url", "image_url": "file-1"},
+        {"type": "image_url", "image_url": {"file_id": "file-2"}},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+    ]
+    body = {"messages": [{"role": "user", "content": parts}]}
+    prompt = chat_call(body, image_of=image_of).requests[0].prompt
+    assert isinstance(prompt, ChatPrompt)
+    assert [part.data for part in prompt.messages[0].parts if isinstance(part, ImagePart)] == [
+        b"bytes of https://host/a.png",
+        b"bytes of file-1",
+        b"bytes of file-2",
+        bytes(3),
+    ]
+    assert asked == [
+        ("https://host/a.png", "messages.0.content.0.image_url.url"),
+        ("file-1", "messages.0.content.1.image_url.url"),
+        ("file-2", "messages.0.content.2.image_url.file_id"),
+    ]
+
+
+@pytest.mark.parametrize("image", [{}, {"url": "file-1", "file_id": "file-1"}, {"file_id": ""}])
+def test_an_image_names_one_place(image: dict[str, str]) -> None:
+    part = {"type": "image_url", "image_url": image}
+    assert "image_url" in str(refused(chat_call, {"messages": [{"role": "user", "content": [part]}]}).param)
 
 
 def test_embeddings_take_texts_and_tokens() -> None:
@@ -515,7 +560,8 @@ def test_embeddings_take_texts_and_tokens() -> None:
         ({"input": ""}, "input.0", "empty"),
         ({"input": ["a", ""]}, "input.1", "empty"),
         ({"input": ["a"] * (MAX_EMBEDDING_INPUTS + 1)}, "input", str(MAX_EMBEDDING_INPUTS)),
-        ({"input": "a", "dimensions": 8}, "dimensions", "length of the model"),
+        ({"input": "a", "dimensions": 0}, "dimensions", "greater than or equal to 1"),
+        ({"input": "a", "dimensions": 8.0}, "dimensions", "integer"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format", "base64"),
         ({"inputs": "a"}, "inputs", "Did you mean input?"),
     ],
@@ -580,9 +626,7 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-NAMES = sorted(
-    {*ChatBody.model_fields, *CompletionBody.model_fields, *EmbeddingBody.model_fields, "dimensions"}
-)
+NAMES = sorted({*ChatBody.model_fields, *CompletionBody.model_fields, *EmbeddingBody.model_fields})
 
 
 @given(

@@ -313,6 +313,20 @@ def test_embeddings_as_numbers_and_as_base64() -> None:
         embeddings_body(call, Embeddings(((float("nan"),),), 1), model="tiny")
 
 
+def test_embeddings_are_cut_to_the_dimensions_asked_for_and_have_length_one_again() -> None:
+    made = Embeddings(((0.6, 0.0, 0.8), (0.0, 0.0, 1.0)), 2)
+
+    def vectors(dimensions: int) -> list[list[float]]:
+        call = embedding_call({"input": ["a", "b"], "dimensions": dimensions})
+        return [item["embedding"] for item in embeddings_body(call, made, model="tiny")["data"]]
+
+    assert vectors(3) == [[0.6, 0.0, 0.8], [0.0, 0.0, 1.0]]
+    assert vectors(2) == [[1.0, 0.0], [0.0, 0.0]]
+    with pytest.raises(InvalidBodyError, match="have 3.*Ask for 1 to 3") as caught:
+        vectors(4)
+    assert caught.value.param == "dimensions"
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "param", "code"),
     [

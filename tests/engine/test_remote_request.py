@@ -21,6 +21,7 @@ from ayllu.engine.requests import (
     ChoiceStructure,
     GenerateRequest,
     GrammarStructure,
+    InfillPrompt,
     JsonStructure,
     RegexStructure,
     TextPrompt,
@@ -100,6 +101,11 @@ TABLE: list[tuple[Asked, str, tuple[Any, ...]]] = [
     ),
     ({"logprobs": 0, **TEXT}, "logprobs", tuple({"logprobs": count} for count in (0, 0, 0, 1, 0, 0))),
     ({"prompt_logprobs": 1}, "prompt_logprobs", (REFUSED,) * 6),
+    (
+        {"prompt": InfillPrompt("a", "b"), "max_new_tokens": 5},
+        "suffix",
+        ({"prompt": "a", "suffix": "b"}, *(REFUSED,) * 3, *({"prompt": "a", "suffix": "b"},) * 2),
+    ),
     ({"adapter": "lora"}, "adapter", (REFUSED, {"model": "lora"}, *(REFUSED,) * 3, {"model": "lora"})),
     (
         {"priority": 2},

@@ -1,8 +1,8 @@
 """Images to Llama 4 tiles: choose a canvas of up to 16 tiles, resize, pad, cut, normalise.
 
 Exactly the preprocessing of the released models: canvas choice, resize bounds, padding, global tile.
-Whatever the bytes hold, the cost is bounded: the format, the encoded size and the pixel count are checked
-before anything is decoded, and every failure is an `ImageError`.
+Whatever the bytes hold, the cost is bounded: the format, the encoded size, the pixel count and the number of
+frames are checked before anything is decoded, and every failure is an `ImageError`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_IMAGE_BYTES = 20_000_000
 MAX_IMAGE_PIXELS = 40_000_000
+MAX_IMAGE_FRAMES = 64
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
@@ -64,6 +65,21 @@ class TiledImage:
     columns: int
 
 
+@dataclass(frozen=True, eq=False)
+class CutImage:
+    """An image cut into tiles, before its numbers are scaled: `tiles` is uint8 [tiles, tile_size, tile_size,
+    3], in the order of `TiledImage`."""
+
+    tiles: npt.NDArray[np.uint8]
+    rows: int
+    columns: int
+
+    def normalised(self) -> TiledImage:
+        """The tiles as the vision tower wants them."""
+        pixels = self.tiles.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1)
+        return TiledImage(np.ascontiguousarray(pixels), self.rows, self.columns)
+
+
 def tile_image(data: bytes | Image.Image, config: ImageConfig | None = None) -> TiledImage:
     """The tiles of an encoded image (or of an open Pillow image). Raises `ImageError`.
 
@@ -71,14 +87,25 @@ def tile_image(data: bytes | Image.Image, config: ImageConfig | None = None) -> 
     model the way a person sees it (the published Llama 4 loaders do the same). Transparent pixels are
     composited on white.
     """
+    return cut_image(data, config).normalised()
+
+
+def cut_image(data: bytes | Image.Image, config: ImageConfig | None = None) -> CutImage:
+    """The tiles as bytes, a quarter of what they are as numbers; see `tile_image`. Raises `ImageError`."""
     # Imported where it is used: conversations without images need not wait for it.
     from PIL import Image
 
     config = config or ImageConfig()
     image = _open(data) if isinstance(data, bytes) else data
     _check_size(image.width, image.height)
+    if isinstance(data, bytes) and _frames(image, data) > MAX_IMAGE_FRAMES:
+        raise ImageError(
+            f"The image has more than {MAX_IMAGE_FRAMES} frames.", "Send the one that matters as PNG or JPEG."
+        )
     try:
         image = _upright_rgb(image)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise many kinds, none of which may leave this room
         raise _unreadable() from error
     size = (image.height, image.width)
@@ -92,8 +119,7 @@ def tile_image(data: bytes | Image.Image, config: ImageConfig | None = None) -> 
         # The whole image squeezed into one tile, aspect ratio ignored: what the reference code does.
         whole = image.resize((config.tile_size, config.tile_size), Image.Resampling.BILINEAR)
         tiles = np.concatenate([tiles, np.asarray(whole)[None]])
-    pixels = tiles.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1)
-    return TiledImage(np.ascontiguousarray(pixels), rows, columns)
+    return CutImage(np.ascontiguousarray(tiles), rows, columns)
 
 
 def canvas_candidates(max_tiles: int) -> list[tuple[int, int]]:
@@ -169,6 +195,39 @@ def _check_size(width: int, height: int) -> None:
         raise _unreadable()
     if width * height > MAX_IMAGE_PIXELS:
         raise _too_many_pixels()
+
+
+def _frames(image: Image.Image, data: bytes) -> int:
+    """How many frames the image has, at least up to one more than are allowed. Nothing is decoded."""
+    if image.format == "GIF":
+        return _gif_frames(data)
+    # The other formats state the number ahead of the frames.
+    frames: int = getattr(image, "n_frames", 1)
+    return frames
+
+
+def _gif_frames(data: bytes) -> int:
+    """Frames of a GIF, found by going from block to block. One that is cut off is the decoder's to refuse."""
+    frames = 0
+    try:
+        place = 13 + _gif_colours(data[10])
+        while frames <= MAX_IMAGE_FRAMES and data[place] in (0x21, 0x2C):
+            if data[place] == 0x21:
+                place += 2
+            else:
+                frames += 1
+                place += 11 + _gif_colours(data[place + 9])
+            while data[place]:
+                place += data[place] + 1
+            place += 1
+    except IndexError:
+        pass
+    return frames
+
+
+def _gif_colours(flags: int) -> int:
+    """Bytes of the colour table that these flags announce."""
+    return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

@@ -17,6 +17,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ayllu.chat.tokenizer import Tokenizer
 from ayllu.engine.events import Event
 from ayllu.engine.launch import WORKER_COMMAND, Launched
 from ayllu.engine.messages import Embed, GetStats, LoadAdapter, Open, UnloadAdapter
@@ -26,7 +27,7 @@ from ayllu.engine.options import EngineOptions
 from ayllu.engine.preparation import EncoderPreparation, Preparation
 from ayllu.engine.prepared import CoreFacts
 from ayllu.engine.protocol import Embeddings, EngineInfo, EngineStats, Stream
-from ayllu.engine.requests import EmbedRequest, GenerateRequest
+from ayllu.engine.requests import EmbedRequest, GenerateRequest, PromptInput, ToolUse
 from ayllu.engine.supervisor import RestartPolicy, Status, Supervisor
 from ayllu.errors import UsageError
 from ayllu.progress import SILENT, Progress
@@ -104,6 +105,35 @@ class NativeEngine:
         prepared = self._preparation.prepare_embedding(request)
         vectors: NDArray[Any] = self._open.ask(request.id, Embed.of(prepared))
         return Embeddings(tuple(map(tuple, vectors.tolist())), sum(map(len, prepared.inputs)))
+
+    def token_ids(
+        self,
+        prompt: PromptInput,
+        tool_use: ToolUse | None = None,
+        *,
+        add_special_tokens: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """See `TokenCounter.token_ids`."""
+        return self._preparation.token_ids(
+            prompt,
+            tool_use,
+            add_special_tokens=add_special_tokens,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """See `TokenCounter.token_bytes`."""
+        return [self._tokenizer.token_bytes(token) for token in token_ids]
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """See `TokenCounter.text_of`."""
+        return self._tokenizer.decode(token_ids)
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        files = self._files
+        return files.tokenizer.tokenizer if isinstance(files, EncoderFiles) else files.tokenizer
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`. During a restart, what is known on this side."""

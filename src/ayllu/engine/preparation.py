@@ -25,15 +25,25 @@ from ayllu.engine.requests import (
     ChatPrompt,
     EmbedRequest,
     GenerateRequest,
+    InfillPrompt,
     JsonStructure,
+    PromptInput,
     TextPrompt,
     TokenPrompt,
     ToolUse,
 )
-from ayllu.errors import AylluError, ContextOverflowError, RequestFailedError, UsageError, clip
+from ayllu.errors import (
+    AylluError,
+    ContextOverflowError,
+    RequestFailedError,
+    UnsupportedError,
+    UsageError,
+    clip,
+)
 
 if TYPE_CHECKING:
     from ayllu.chat import toolcalls
+    from ayllu.chat.infill import InfillFormat
     from ayllu.chat.toolcalls import ToolCallParser
     from ayllu.engine.grammar_check import GrammarChecker
 
@@ -63,14 +73,14 @@ class Preparation:
 
     def prepare(self, request: GenerateRequest) -> Prepared:
         """Everything the core needs for `request`."""
-        tools = request.tool_use
-        if tools is not None and tools.choice == "none":
-            tools = None
+        tools = _offered(request.tool_use)
         with _stage("checked"):
             _require_unicode(request)
             self._require_tokens_known("logit_bias", request.sampling.logit_bias)
         with _stage("rendered as a prompt"):
-            token_ids, images = self._prompt(request, tools)
+            token_ids, images = self._prompt(request.prompt, tools)
+            if not token_ids:
+                raise UsageError("The prompt is empty.", "Give at least one token.")
         with _stage("fitted into the context"):
             room = self._room(len(token_ids), request)
         with _stage("given a grammar"):
@@ -82,7 +92,7 @@ class Preparation:
             max_new_tokens=room if asked is None else min(asked, room),
             sampling=request.sampling,
             images=images,
-            stop_ids=frozenset() if request.ignore_stop_tokens else self._files.stop_ids,
+            stop_ids=frozenset() if request.ignore_stop_tokens else self._stop_ids(request.prompt),
             stop=request.stop,
             n=request.n,
             logprobs=request.logprobs,
@@ -117,6 +127,20 @@ class Preparation:
             id=request.id, inputs=inputs, normalise=request.normalise, tenant=request.tenant
         )
 
+    def token_ids(
+        self,
+        prompt: PromptInput,
+        tool_use: ToolUse | None = None,
+        *,
+        add_special_tokens: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """See `TokenCounter.token_ids`."""
+        with _stage("rendered as a prompt"):
+            if isinstance(prompt, TextPrompt) and not add_special_tokens:
+                return self._files.tokenizer.encode(prompt.text)
+            return self._prompt(prompt, _offered(tool_use), add_generation_prompt=add_generation_prompt)[0]
+
     def close(self) -> None:
         """End what was started for checks. Idempotent."""
         with self._making_checker:
@@ -125,24 +149,44 @@ class Preparation:
             checker.close()
 
     def _prompt(
-        self, request: GenerateRequest, tools: ToolUse | None
+        self, prompt: PromptInput, tools: ToolUse | None, *, add_generation_prompt: bool = True
     ) -> tuple[list[int], tuple[PreparedImage, ...]]:
-        match request.prompt:
+        images: tuple[PreparedImage, ...] = ()
+        match prompt:
             case ChatPrompt(messages):
                 carries_image = any(isinstance(part, ImagePart) for turn in messages for part in turn.parts)
                 if carries_image and not self._facts.reads_images:
                     raise UsageError("This model reads no images.", "Choose a model with a vision tower.")
-                prompt = self._files.chat_format.render(messages, () if tools is None else tools.tools)
-                images = tuple(PreparedImage.of(image.pixels) for image in prompt.images)
-                token_ids = prompt.token_ids
+                rendered = self._files.chat_format.render(
+                    messages,
+                    () if tools is None else tools.tools,
+                    add_generation_prompt=add_generation_prompt,
+                )
+                images = tuple(PreparedImage.of(image.pixels) for image in rendered.images)
+                token_ids = rendered.token_ids
             case TextPrompt(text):
-                token_ids, images = self._text_ids(text), ()
+                token_ids = self._text_ids(text)
             case TokenPrompt(given):
-                token_ids, images = list(given), ()
-        if not token_ids:
-            raise UsageError("The prompt is empty.", "Give at least one token.")
+                token_ids = list(given)
+            case InfillPrompt(prefix, suffix):
+                token_ids = self._infill().render(prefix, suffix)
         self._require_tokens_known("the prompt", token_ids)
         return token_ids, images
+
+    def _infill(self) -> InfillFormat:
+        from ayllu.chat.infill import infill_format_for
+
+        found = infill_format_for(self._files.tokenizer, self._files.checkpoint.metadata)
+        if found is None:
+            raise UnsupportedError(
+                "This model cannot fill gaps: its vocabulary has no fill-in-the-middle tokens.",
+                "Leave suffix out, or use a model that has them, such as Qwen 2.5 Coder.",
+            )
+        return found
+
+    def _stop_ids(self, prompt: PromptInput) -> frozenset[int]:
+        own = self._files.stop_ids
+        return own | self._infill().stop_ids if isinstance(prompt, InfillPrompt) else own
 
     def _text_ids(self, text: str) -> list[int]:
         tokenizer = self._files.tokenizer
@@ -199,6 +243,11 @@ class Preparation:
         return partial(self._files.chat_format.tool_call_parser, tools.tools)
 
 
+def _offered(tool_use: ToolUse | None) -> ToolUse | None:
+    """The tools that the model is shown."""
+    return None if tool_use is None or tool_use.choice == "none" else tool_use
+
+
 class EncoderPreparation:
     """Prepares requests to a model that makes vectors and does not answer."""
 
@@ -222,6 +271,26 @@ class EncoderPreparation:
                 tokenizer.require_valid(tokens)
         return PreparedEmbedding(
             id=request.id, inputs=inputs, normalise=request.normalise, tenant=request.tenant
+        )
+
+    def token_ids(
+        self,
+        prompt: PromptInput,
+        tool_use: ToolUse | None = None,
+        *,
+        add_special_tokens: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """See `TokenCounter.token_ids`. Raises UsageError for a conversation."""
+        tokenizer = self._files.tokenizer
+        if isinstance(prompt, TextPrompt):
+            with _stage("tokenised"):
+                return (tokenizer if add_special_tokens else tokenizer.tokenizer).encode(prompt.text)
+        if isinstance(prompt, TokenPrompt):
+            return list(prompt.token_ids)
+        raise UsageError(
+            f"{self._files.path.name} makes vectors of texts; it reads no conversation.",
+            "Give a text, or choose a model that generates.",
         )
 
     def close(self) -> None:

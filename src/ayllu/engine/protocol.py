@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ayllu.engine.events import TERMINAL, Event, Failed
-from ayllu.engine.requests import EmbedRequest, GenerateRequest
+from ayllu.engine.requests import EmbedRequest, GenerateRequest, PromptInput, ToolUse
 
 
 class Stream:
@@ -136,3 +136,28 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End the engine; open requests fail with EngineUnavailableError. Idempotent."""
+
+
+@runtime_checkable
+class TokenCounter(Protocol):
+    """What an engine can do besides where it has the model's vocabulary; see `openai.tokenize`."""
+
+    def token_ids(
+        self,
+        prompt: PromptInput,
+        tool_use: ToolUse | None = None,
+        *,
+        add_special_tokens: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The prompt as the model would read it, rendered by its chat format where it is a conversation.
+
+        add_special_tokens: with what the model wants around a text (BOS). add_generation_prompt: with the
+        opening of an answer. It may be longer than the context. Raises as `Engine.submit`.
+        """
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """The bytes of each token. Raises UsageError for an id outside the vocabulary."""
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of the tokens in a row, control tokens by their names. Raises as `token_bytes`."""

@@ -61,7 +61,19 @@ class TokenPrompt:
         require_range("tokens of the prompt", len(self.token_ids), 1, MAX_PROMPT_TOKENS)
 
 
-PromptInput = ChatPrompt | TextPrompt | TokenPrompt
+@dataclass(frozen=True)
+class InfillPrompt:
+    """Text with a gap, which the answer fills. Special tokens typed in either part stay text."""
+
+    prefix: str
+    suffix: str
+
+    def __post_init__(self) -> None:
+        characters = len(self.prefix) + len(self.suffix)
+        require_range("characters of the prompt", characters, 1, MAX_PROMPT_CHARACTERS)
+
+
+PromptInput = ChatPrompt | TextPrompt | TokenPrompt | InfillPrompt
 
 
 @dataclass(frozen=True)

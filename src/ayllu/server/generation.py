@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ayllu.engine.events import TERMINAL, Done, Event, Failed, TextDelta
+from ayllu.engine.events import TERMINAL, AnswerFinished, Done, Event, Failed, TextDelta
 from ayllu.engine.openai.requests import GenerateCall
 from ayllu.engine.protocol import Engine, Stream
 from ayllu.engine.requests import ChatPrompt, GenerateRequest, TextPrompt, TokenPrompt
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from ayllu.server.access import Identity
     from ayllu.server.limits import Limiter, Ticket
     from ayllu.server.metrics import Metrics, Watch
-    from ayllu.server.models import ModelPool
+    from ayllu.server.models import Lease, ModelPool
+    from ayllu.server.telemetry import Telemetry
 
 UNLIMITED_ANSWER = 1024
 """Tokens charged beforehand for an answer whose length nobody limited."""
@@ -39,7 +40,8 @@ class Generation:
 
     def __init__(self, call: GenerateCall, watches: Sequence[Watch]) -> None:
         self.call = call
-        self.used_tokens = 0
+        self.prompt_tokens = self.new_tokens = self.cached_tokens = 0
+        self.reasons: list[str] = []
         self._watches = watches
         self._loop = asyncio.get_running_loop()
         self._pending: deque[tuple[int, Event]] = deque()
@@ -64,6 +66,11 @@ class Generation:
         if arrival is not None and not arrival.done():
             arrival.set_result(None)
 
+    @property
+    def used_tokens(self) -> int:
+        """Tokens read and made, as far as they have been told."""
+        return self.prompt_tokens + self.new_tokens
+
     async def batches(self) -> AsyncIterator[list[tuple[int, Event]]]:
         """Everything, in order; a failed part raises its error."""
         while self._open:
@@ -79,7 +86,11 @@ class Generation:
                 if isinstance(event, Failed):
                     raise event.error
                 if isinstance(event, Done):
-                    self.used_tokens += event.prompt_tokens + event.new_tokens
+                    self.prompt_tokens += event.prompt_tokens
+                    self.new_tokens += event.new_tokens
+                    self.cached_tokens += event.cached_tokens
+                elif isinstance(event, AnswerFinished):
+                    self.reasons.append(event.reason)
                 self._open -= isinstance(event, TERMINAL)
             yield taken
 
@@ -118,12 +129,20 @@ def _joined(first: TextDelta, second: TextDelta) -> TextDelta:
 class Generator:
     """Takes calls: who asks, may they, which model, and then the engine."""
 
-    def __init__(self, models: ModelPool, limiter: Limiter, metrics: Metrics, threads: Executor) -> None:
+    def __init__(
+        self,
+        models: ModelPool,
+        limiter: Limiter,
+        metrics: Metrics,
+        telemetry: Telemetry,
+        threads: Executor,
+    ) -> None:
         self.models = models
         self.stopping = False
         self.open: set[Generation] = set()
         self._limiter = limiter
         self._metrics = metrics
+        self._telemetry = telemetry
         self._threads = threads
 
     @asynccontextmanager
@@ -131,34 +150,55 @@ class Generator:
         """The call under way. Raises what refuses it: UnknownModelError, OverloadedError, or as the engine."""
         self.require_running()
         self.models.resolve(call.model)
-        with self.admitted(identity, _cost(call), sum(one.n for one in call.requests)) as ticket:
+        answers = sum(one.n for one in call.requests)
+        cost = _cost(call)
+        with self.admitted(identity, cost, answers) as ticket:
             async with self.models.lease(call.model) as lease:
                 call = replace(
                     call, requests=tuple(replace(one, adapter=lease.adapter) for one in call.requests)
                 )
-                watches = [
-                    self._metrics.started(lease.name, params_n=one.n, params_max_tokens=one.max_new_tokens)
-                    for one in call.requests
-                ]
-                generation = Generation(call, watches)
-                self.open.add(generation)
-                outcome: str | AylluError = "abort"
-                try:
-                    for part, one in enumerate(call.requests):
-                        await self._submit(lease.engine, generation, part, one)
-                    yield generation
-                    outcome = "stop"
-                except AylluError as error:
-                    outcome = error
-                    raise
-                finally:
-                    self.open.discard(generation)
-                    generation.cancel()
-                    ticket.settle(
-                        generation.used_tokens or (0 if isinstance(outcome, AylluError) else _cost(call))
-                    )
-                    for watch in watches:
-                        watch.ended(outcome)
+                with self._telemetry.chat(
+                    lease.name,
+                    operation="chat" if call.kind == "chat" else "text_completion",
+                    max_tokens=call.requests[0].max_new_tokens,
+                    answers=answers,
+                ) as span:
+                    async with self._computing(lease, call) as generation:
+                        try:
+                            yield generation
+                        finally:
+                            # What was refused cost nothing; what was left half-way is charged as asked.
+                            ticket.settle(generation.used_tokens or (cost if generation.streams else 0))
+                            span.ended(
+                                prompt_tokens=generation.prompt_tokens,
+                                new_tokens=generation.new_tokens,
+                                cached_tokens=generation.cached_tokens,
+                                finish_reasons=generation.reasons,
+                            )
+
+    @asynccontextmanager
+    async def _computing(self, lease: Lease, call: GenerateCall) -> AsyncIterator[Generation]:
+        """The call, handed to the engine; whoever leaves the block ends what is still computed."""
+        watches = [
+            self._metrics.started(lease.name, params_n=one.n, params_max_tokens=one.max_new_tokens)
+            for one in call.requests
+        ]
+        generation = Generation(call, watches)
+        self.open.add(generation)
+        outcome: str | AylluError = "abort"
+        try:
+            for part, one in enumerate(call.requests):
+                await self._submit(lease.engine, generation, part, one)
+            yield generation
+            outcome = "stop"
+        except AylluError as error:
+            outcome = error
+            raise
+        finally:
+            self.open.discard(generation)
+            generation.cancel()
+            for watch in watches:
+                watch.ended(outcome)
 
     def fail_all(self, error: AylluError) -> None:
         """End everything that is open with `error`."""

@@ -1,8 +1,8 @@
 """The server's log: one line for each thing that happened, as text or as JSON, on stderr.
 
 Lines carry no bodies, no query strings and nothing that looks like a secret, and nobody can forge one:
-control characters are shown, not obeyed. They are written by a thread of their own from a bounded queue, so that a
-slow or closed pipe costs lines, which are counted, and never the event loop's time.
+control characters are shown, not obeyed. They are written by a thread of their own from a bounded queue, so
+that a slow or closed pipe costs lines, which are counted, and never the event loop's time.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ _NAMES_OF_SECRETS = (
     r"api[_-]?key|apikey|password|passwd|passphrase|pwd|secret|secret[_-]?key|access[_-]?key"
     r"|private[_-]?key|token|credentials?|session[_-]?id|csrf"
 )
-_VALUE = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s,;&"'<>(){}\[\]]+)"""
+# A string is cut off where it has no end: then all of it is the value.
+_VALUE = r"""[bru]{0,2}(?:"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)|[^\s"']\S*)"""
 _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), replacement)
     for pattern, replacement in (
-        (r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}-----|\Z)", REDACTED),
+        (r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]{0,40}-----|\Z)", REDACTED),
         # The password of an address, which may itself hold '@', ':' and '/'.
         (r"\b([a-z][a-z0-9+.-]{0,30}://[^\s:/@\"'<>]{0,256}):[^\s\"'<>]+@", rf"\1:{REDACTED}@"),
         (r"\b(https?://)[^\s:/@\"'<>]{1,256}@", rf"\1{REDACTED}@"),
@@ -61,7 +62,7 @@ _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\b(basic)\s{1,8}(?-i:(?=[a-z+/]*[A-Z0-9=])[A-Za-z0-9+/]{6,}={0,2})", rf"\1 {REDACTED}"),
         (rf"((?:{_NAMES_OF_SECRETS})[\"']?\s{{0,8}}(?:[:=]|=>|%3d)\s{{0,8}}){_VALUE}", rf"\1{REDACTED}"),
         # As headers are often shown: (b'x-api-key', b'...').
-        (rf"((?:{_NAMES_OF_SECRETS})[\"'],\s{{0,8}}b?){_VALUE}", rf"\1{REDACTED}"),
+        (rf"((?:{_NAMES_OF_SECRETS})[\"'],\s{{0,8}}){_VALUE}", rf"\1{REDACTED}"),
         (
             r"([?&#](?:code|state|key|sig|signature|nonce)=)[^\s&#\"'<>]+",
             rf"\1{REDACTED}",

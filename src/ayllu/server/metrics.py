@@ -25,6 +25,7 @@ from ayllu import errors
 from ayllu.engine.events import AnswerFinished, Done, Event, Failed, PromptScored, Started, TextDelta
 from ayllu.engine.protocol import Engine, EngineStats
 from ayllu.errors import AylluError
+from ayllu.server.logs import lines_dropped
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "ayllu_"
@@ -478,13 +479,10 @@ class Metrics:
         """So many runs are under way."""
         self._open_runs.set(count)
 
-    def log_lines_dropped(self, count: int) -> None:
-        """So many lines of the log were dropped since the start."""
-        self._dropped.set(count)
-
     def scrape(self, engines: Mapping[str, Engine]) -> bytes:
         """Everything, in Prometheus's text format (CONTENT_TYPE). Asks the engines: call it in a thread."""
         self._engines.update(self._model_label, engines)
+        self._dropped.set(lines_dropped())
         return generate_latest(_WithoutBirthdays(self.registry))
 
     def names(self) -> Iterator[str]:

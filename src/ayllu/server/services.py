@@ -72,7 +72,7 @@ class Services:
             **more,
         )
         self.pulls = Pulls(self.store, None)
-        self.generator = Generator(self.models, self.limiter, self.metrics, self.threads)
+        self.generator = Generator(self.models, self.limiter, self.metrics, self.telemetry, self.threads)
         self.runs = Runs(database, self.generator, self.metrics)
         self.used_keys: dict[str, float] = {}
         self._housekeeping: asyncio.Task[None] | None = None

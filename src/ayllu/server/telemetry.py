@@ -1,7 +1,7 @@
 """Traces for OpenTelemetry, if an address for them is set: a span for each HTTP request, one for each call.
 
-Without `otel_endpoint` nothing is imported and nothing is sent. Spans hold names, counts and times, never what
-was asked or answered. They are sent by a thread of their own: a collector that is down costs spans, no request.
+Without `otel_endpoint` nothing is imported and nothing is sent. Spans hold names, counts and times, never
+what was asked or answered. A thread of their own sends them: a collector that is down costs no request.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ PROVIDER = "gen_ai.provider.name"
 MODEL = "gen_ai.request.model"
 ANSWERS = "gen_ai.request.choice.count"
 MOST_TOKENS = "gen_ai.request.max_tokens"
-ANSWERED_BY = "gen_ai.response.model"
 REASONS = "gen_ai.response.finish_reasons"
 TOKENS_READ = "gen_ai.usage.input_tokens"
 TOKENS_MADE = "gen_ai.usage.output_tokens"
@@ -67,7 +66,7 @@ class Telemetry:
 
     @staticmethod
     def of(settings: Settings) -> Telemetry:
-        """As the settings say. Raises MissingExtraError without the packages, UsageError for a bad address."""
+        """As the settings say. MissingExtraError: the packages are missing; UsageError: a bad address."""
         return Telemetry() if settings.otel_endpoint is None else _Recorded(settings.otel_endpoint)
 
     @contextlib.contextmanager
@@ -156,9 +155,9 @@ class _Recorded(Telemetry):
             kind=self._trace.SpanKind.SERVER,
             attributes={METHOD: method},
         )
-        with self._trace.use_span(span, record_exception=False, set_status_on_exception=False):
-            with _ending(span):
-                yield _RecordedRequest(span, method)
+        current = self._trace.use_span(span, record_exception=False, set_status_on_exception=False)
+        with current, _ending(span):
+            yield _RecordedRequest(span, method)
 
     @contextlib.contextmanager
     def chat(
@@ -174,7 +173,6 @@ class _Recorded(Telemetry):
             OPERATION: operation,
             PROVIDER: "ayllu",
             MODEL: model,
-            ANSWERED_BY: model,
         }
         if max_tokens is not None:
             attributes[MOST_TOKENS] = max_tokens

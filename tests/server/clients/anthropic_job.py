@@ -27,7 +27,8 @@ from checks import (
 
 client = Anthropic(base_url=BASE_URL, api_key=KEY, max_retries=0, timeout=300)
 MESSAGES: Any = [{"role": "user", "content": QUESTION}]
-GREEDY: Any = {"model": MODEL, "temperature": 0, "max_tokens": 24}
+# The client knows no temperature any more; the API does.
+GREEDY: Any = {"model": MODEL, "extra_body": {"temperature": 0}, "max_tokens": 24}
 TOOLS: Any = [
     {"name": "get_weather", "description": "The temperature in a city.", "input_schema": WEATHER_SCHEMA}
 ]
@@ -153,7 +154,7 @@ def picture_is_seen() -> None:
         source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(image).decode()}
         made = client.messages.create(
             model=VISION_MODEL,
-            temperature=0,
+            extra_body={"temperature": 0},
             max_tokens=4,
             messages=[
                 {
@@ -193,7 +194,9 @@ def _refused(kind: type[anthropic.APIStatusError], call: Any) -> Any:
 def errors_have_their_kinds() -> None:
     error = _refused(
         anthropic.BadRequestError,
-        lambda: client.messages.create(model=MODEL, max_tokens=4, temperature=99, messages=MESSAGES),
+        lambda: client.messages.create(
+            model=MODEL, max_tokens=4, messages=MESSAGES, extra_body={"temperature": 99}
+        ),
     )
     equal(error.body["type"], "error")
     equal(error.body["error"]["type"], "invalid_request_error")

@@ -34,7 +34,7 @@ def no_request_breaks_the_server() -> None:
                 *("--header", f"Authorization: Bearer {KEY}"),
                 *("--checks", CHECKS, "--exclude-path-regex", LEFT_ALONE),
                 *("--phases", "examples,coverage,fuzzing", "--max-examples", str(examples)),
-                *("--seed", SEED, "--generation-deterministic", "--generation-database", "none"),
+                *("--seed", SEED, "--generation-deterministic"),
                 *("--suppress-health-check", "all", "--no-shrink", "--continue-on-failure"),
                 *("--workers", "2", "--request-timeout", "120", "--warnings", "off", "--no-color"),
                 *("--report", "ndjson", "--report-ndjson-path", str(events)),
@@ -44,6 +44,7 @@ def no_request_breaks_the_server() -> None:
             text=True,
             check=False,
         )
+        assert events.exists(), done.stdout[-3000:] + done.stderr[-3000:]
         statuses = _statuses(events)
     total = sum(statuses.values())
     print(json.dumps({"requests": total, "statuses": dict(sorted(statuses.items()))}), file=sys.stderr)

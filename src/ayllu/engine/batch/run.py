@@ -259,7 +259,7 @@ class BatchRun:
         assert isinstance(job.call, EmbedCall)
         try:
             body = embeddings_body(job.call, made, model=self._model_of(job))
-        except RequestFailedError as error:
+        except (InvalidBodyError, RequestFailedError) as error:
             self._give_up(part, error)
             return
         self._moved()

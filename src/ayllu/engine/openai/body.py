@@ -29,7 +29,7 @@ MAX_DEPTH = 100
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_FIELDS = "docs/batch.md lists the fields."
+_FIELDS = "docs/api.md lists the fields."
 
 
 class InvalidBodyError(UsageError):

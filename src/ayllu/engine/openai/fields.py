@@ -1,6 +1,6 @@
 """The fields of OpenAI's request bodies, endpoint by endpoint: what is read, its limits, what is refused.
 
-This file is the list that docs/batch.md explains. What a body leaves out has the API's documented default
+This file is the list that docs/api.md explains. What a body leaves out has the API's documented default
 (temperature 1, top_p 1), not the one of `ayllu chat`: programs written for the API expect it.
 """
 
@@ -27,6 +27,9 @@ from ayllu.engine.requests import (
 
 MAX_PROMPTS = 256
 """Prompts in one body of /v1/completions."""
+
+MAX_DIMENSIONS = 1 << 20
+"""More than any vector has, so that what is asked for is a number of a sensible size."""
 
 Count = Annotated[int, Field(ge=0, le=MAX_PROMPT_TOKENS)]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
@@ -189,11 +192,10 @@ Prompts = Annotated[list[Any], BeforeValidator(_prompts)]
 
 
 class CompletionBody(GenerateBody):
-    """/v1/completions."""
+    """/v1/completions. suffix: the answer fills the gap between the prompt and it; empty, there is no gap."""
 
     refused: ClassVar[Mapping[str, str]] = {
         **GenerateBody.refused,
-        "suffix": "Write the prompt in the model's own fill-in-the-middle form.",
         "messages": "Use /v1/chat/completions.",
         "tools": "Use /v1/chat/completions.",
         "max_completion_tokens": "Use max_tokens.",
@@ -201,6 +203,7 @@ class CompletionBody(GenerateBody):
     }
 
     prompt: Annotated[Prompts, Field(max_length=MAX_PROMPTS)]
+    suffix: str | None = None
     echo: bool | None = None
     best_of: int | None = None
     logprobs: Logprobs | None = None
@@ -210,11 +213,11 @@ class EmbeddingBody(Strict):
     """/v1/embeddings."""
 
     refused: ClassVar[Mapping[str, str]] = {
-        "dimensions": "Vectors have the length of the model: cut and normalise them yourself.",
         "truncate_prompt_tokens": "Nothing is cut silently: shorten the input.",
     }
 
     input: Annotated[Prompts, Field(max_length=MAX_EMBEDDING_INPUTS)]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
     user: str | None = None

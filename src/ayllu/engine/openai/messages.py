@@ -1,13 +1,13 @@
 """Messages and tools as OpenAI writes them, to the conversation that chat formats render.
 
-Roles, parts and tools are checked here down to the base64 of an image. Nothing is fetched: a picture is in
-the request or not at all.
+Roles, parts and tools are checked here down to the base64 of an image. Nothing is fetched here: a picture is
+in the request, or whoever calls has it already and hands it over by its name.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -19,6 +19,11 @@ from ayllu.engine.requests import MAX_TOOLS, ToolUse
 from ayllu.errors import clip
 
 MAX_NAME_CHARACTERS = 256
+
+ImageOf = Callable[[str, str], bytes]
+"""The bytes of an image by its URL or the id of a stored file; the second argument is the name of the field,
+for errors. Raises InvalidBodyError."""
+
 _IMAGES_ONLY = "The model reads text and images: send one of those."
 
 
@@ -36,10 +41,22 @@ def _as_parts(value: Any) -> Any:
 
 
 class ImageUrl(Strict):
-    """An image is always read in the detail its size has: that is what 'auto' and 'high' ask for."""
+    """An image is always read in the detail its size has: that is what 'auto' and 'high' ask for.
 
-    url: str
+    `file_id` names a stored file; so does a URL that is such an id and nothing else.
+    """
+
+    url: str | None = None
+    file_id: str | None = Field(default=None, min_length=1, max_length=MAX_NAME_CHARACTERS)
     detail: Literal["auto", "high"] = "auto"
+
+    @model_validator(mode="after")
+    def _names_one_image(self) -> Self:
+        if self.url is None and self.file_id is None:
+            raise at("url", "is missing.", "Give it.", "missing_required_parameter")
+        if self.url is not None and self.file_id is not None:
+            raise at("file_id", "stands beside a url.", "Give one of the two.")
+        return self
 
 
 class ContentPart(Strict):
@@ -127,10 +144,11 @@ class ChatMessage(Strict):
         return self
 
 
-def conversation(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
+def conversation(messages: Sequence[ChatMessage], image_of: ImageOf | None = None) -> tuple[Message, ...]:
     """The messages as chat formats take them. 'developer' is another word for 'system'.
 
-    Raises InvalidBodyError for an image that is not in the request, and for arguments that are no JSON.
+    image_of: asked for every image that is not in the request itself. Raises InvalidBodyError for an image
+    that is nowhere, and for arguments that are no JSON.
     """
     names: dict[str, str] = {}
     made = []
@@ -144,15 +162,17 @@ def conversation(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
         role: Role = "system" if message.role == "developer" else message.role
         call_id = message.tool_call_id or ""
         name = message.name or names.get(call_id, "")
-        made.append(Message(role, _content(message, param), calls, call_id, name))
+        made.append(Message(role, _content(message, param, image_of), calls, call_id, name))
     return tuple(made)
 
 
-def _content(message: ChatMessage, param: str) -> str | tuple[Part, ...]:
+def _content(message: ChatMessage, param: str, image_of: ImageOf | None) -> str | tuple[Part, ...]:
     parts: list[Part] = []
     for number, part in enumerate(message.content or ()):
         if part.image_url is not None:
-            data = image_bytes(part.image_url.url, f"{param}.content.{number}.image_url.url")
+            name = "url" if part.image_url.file_id is None else "file_id"
+            where = part.image_url.file_id or part.image_url.url or ""
+            data = image_bytes(where, f"{param}.content.{number}.image_url.{name}", image_of)
             parts.append(ImagePart(data))
         else:
             parts.append(TextPart(part.text if part.text is not None else part.refusal or ""))
@@ -163,9 +183,12 @@ def _content(message: ChatMessage, param: str) -> str | tuple[Part, ...]:
     return tuple(parts) or ""
 
 
-def image_bytes(url: str, param: str) -> bytes:
-    """The bytes that a `data:image/...;base64,` URL holds. Raises InvalidBodyError for every other one."""
+def image_bytes(url: str, param: str, image_of: ImageOf | None = None) -> bytes:
+    """The bytes that a `data:image/...;base64,` URL holds; image_of is asked for every other one, and
+    without it that one is refused. Raises InvalidBodyError."""
     if url[:5].lower() != "data:":
+        if image_of is not None:
+            return image_of(url, param)
         raise InvalidBodyError(
             f"{param} = {clip(url, 60)} would have to be fetched, and a request fetches nothing.",
             "Put the image into the request: data:image/png;base64,…",

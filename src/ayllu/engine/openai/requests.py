@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ayllu.engine.openai.body import InvalidBodyError, blaming, validated
 from ayllu.engine.openai.fields import ChatBody, CompletionBody, EmbeddingBody, GenerateBody
-from ayllu.engine.openai.messages import conversation, tool_use
+from ayllu.engine.openai.messages import ImageOf, conversation, tool_use
 from ayllu.engine.parameters import Sampling
 from ayllu.engine.requests import (
     ChatPrompt,
@@ -21,6 +21,7 @@ from ayllu.engine.requests import (
     EmbedRequest,
     GenerateRequest,
     GrammarStructure,
+    InfillPrompt,
     JsonStructure,
     PromptInput,
     RegexStructure,
@@ -57,18 +58,21 @@ class GenerateCall:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedCall:
-    """A body that asks for embeddings, understood."""
+    """A body that asks for embeddings, understood. dimensions: the length that vectors are cut to, None for
+    the model's own."""
 
     model: str | None
     request: EmbedRequest
     as_base64: bool = False
+    dimensions: int | None = None
 
 
 Call = GenerateCall | EmbedCall
 
 
-def chat_call(body: Mapping[str, Any], *, tenant: str = "") -> GenerateCall:
-    """A body of /v1/chat/completions. Raises InvalidBodyError."""
+def chat_call(body: Mapping[str, Any], *, tenant: str = "", image_of: ImageOf | None = None) -> GenerateCall:
+    """A body of /v1/chat/completions. image_of: where images are that are not in the request, as in
+    `conversation`. Raises InvalidBodyError."""
     read = validated(ChatBody, body)
     limits = {read.max_tokens, read.max_completion_tokens} - {None}
     if len(limits) > 1:
@@ -84,7 +88,7 @@ def chat_call(body: Mapping[str, Any], *, tenant: str = "") -> GenerateCall:
     structure = _structure(read)
     offer = tool_use(read.tools, read.tool_choice, read.parallel_tool_calls)
     with blaming("messages"):
-        prompt = ChatPrompt(conversation(read.messages))
+        prompt = ChatPrompt(conversation(read.messages, image_of))
     with blaming("tools"):
         request = GenerateRequest(
             prompt=prompt,
@@ -117,6 +121,7 @@ def completion_call(body: Mapping[str, Any], *, tenant: str = "") -> GenerateCal
             param="best_of",
             code="unsupported_parameter",
         )
+    _require_fillable(read)
     structure = _structure(read)
     # As vLLM has it: a null that was written down asks for no limit, one that was left out for the default.
     limit = read.max_tokens if "max_tokens" in read.model_fields_set else API_COMPLETION_TOKENS
@@ -134,6 +139,8 @@ def completion_call(body: Mapping[str, Any], *, tenant: str = "") -> GenerateCal
             )
         with blaming("prompt"):
             prompt: PromptInput = TextPrompt(text) if isinstance(text, str) else TokenPrompt(tuple(text))
+            if read.suffix and isinstance(text, str):
+                prompt = InfillPrompt(text, read.suffix)
             request = GenerateRequest(
                 prompt=prompt,
                 logprobs=read.logprobs,
@@ -152,6 +159,18 @@ def completion_call(body: Mapping[str, Any], *, tenant: str = "") -> GenerateCal
     )
 
 
+def _require_fillable(read: CompletionBody) -> None:
+    """A suffix goes with texts, and without echo: prompt, suffix and answer are not one text in a row."""
+    if not read.suffix:
+        return
+    if read.echo:
+        raise InvalidBodyError("echo does not go with suffix.", "Leave one of the two out.", param="echo")
+    if not all(isinstance(text, str) for text in read.prompt):
+        raise InvalidBodyError(
+            "suffix does not go with a prompt of tokens.", "Give the prompt as text.", param="suffix"
+        )
+
+
 def embedding_call(body: Mapping[str, Any], *, tenant: str = "") -> EmbedCall:
     """A body of /v1/embeddings. Raises InvalidBodyError."""
     read = validated(EmbeddingBody, body)
@@ -163,7 +182,12 @@ def embedding_call(body: Mapping[str, Any], *, tenant: str = "") -> EmbedCall:
     with blaming("input"):
         inputs = tuple(text if isinstance(text, str) else tuple(text) for text in read.input)
         request = EmbedRequest(inputs=inputs, tenant=tenant)
-    return EmbedCall(model=read.model, request=request, as_base64=read.encoding_format == "base64")
+    return EmbedCall(
+        model=read.model,
+        request=request,
+        as_base64=read.encoding_format == "base64",
+        dimensions=read.dimensions,
+    )
 
 
 ENDPOINTS: dict[str, Callable[[Mapping[str, Any]], Call]] = {

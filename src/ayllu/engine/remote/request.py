@@ -20,6 +20,7 @@ from ayllu.engine.requests import (
     EmbedRequest,
     GenerateRequest,
     GrammarStructure,
+    InfillPrompt,
     JsonStructure,
     RegexStructure,
     Structure,
@@ -57,7 +58,7 @@ def generate_call(request: GenerateRequest, endpoint: RemoteEndpoint) -> Call:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    _prompt(request, body)
+    _prompt(request, endpoint, body)
     _amounts(request, endpoint, chat, body)
     _sampling(request, endpoint, body)
     _logprobs(request, endpoint, chat, body)
@@ -112,7 +113,7 @@ def _encoded(body: dict[str, Any]) -> bytes:
         ) from error
 
 
-def _prompt(request: GenerateRequest, body: dict[str, Any]) -> None:
+def _prompt(request: GenerateRequest, endpoint: RemoteEndpoint, body: dict[str, Any]) -> None:
     prompt = request.prompt
     if isinstance(prompt, ChatPrompt):
         body["messages"] = messages_json(prompt.messages)
@@ -121,6 +122,12 @@ def _prompt(request: GenerateRequest, body: dict[str, Any]) -> None:
             # llama.cpp answers it with nothing, vLLM refuses it, OpenAI continues a document of its own.
             raise UsageError("The prompt is empty.", "Give some text to continue.")
         body["prompt"] = prompt.text
+    elif isinstance(prompt, InfillPrompt):
+        # vLLM refuses a suffix; SGLang (without a template for it) and llama.cpp here read past it.
+        if endpoint.dialect not in (*_PLAIN, "ayllu"):
+            _refuse("a suffix", endpoint)
+        body["prompt"] = prompt.prefix
+        body["suffix"] = prompt.suffix
     else:
         body["prompt"] = list(prompt.token_ids)
 

@@ -1,30 +1,21 @@
 """The body of POST /v1/responses: what is read, its limits, what is refused, and the call that it makes.
 
 What Responses and chats have in common (sampling, structure, limits) is read by the chat endpoint itself, so
-that a request means the same in both. Tools are those the caller runs: functions.
+that a request means the same in both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from ayllu.chat.messages import Message
 from ayllu.engine.openai.body import InvalidBodyError, Strict, at, blaming, validated
-from ayllu.engine.openai.fields import GenerateBody, Logprobs
-from ayllu.engine.openai.messages import (
-    AllowedTools,
-    FunctionDefinition,
-    ImageOf,
-    NamedFunction,
-    NamedTool,
-    Tool,
-    ToolChoice,
-    tool_use,
-)
+from ayllu.engine.openai.fields import Logprobs
+from ayllu.engine.openai.messages import ImageOf
 from ayllu.engine.openai.requests import GenerateCall, chat_call
 from ayllu.engine.requests import (
     HIGHEST_PRIORITY,
@@ -34,23 +25,17 @@ from ayllu.engine.requests import (
     MAX_STOPS,
     MAX_TOOLS,
     ChatPrompt,
-    ToolUse,
 )
-from ayllu.errors import clip
-from ayllu.server.responses.items import (
-    MAX_ITEMS,
-    Item,
-    ItemOf,
-    Turns,
-    as_items,
-    normalised,
-    of_type,
-    resolved,
-)
+from ayllu.server.responses.items import MAX_ITEMS, Item, ItemOf, as_items, normalised, resolved
+from ayllu.server.responses.tools import Choice, ChoiceInput, FunctionTool, as_choice, as_tool, offered
+from ayllu.server.responses.turns import Turns
 
 MAX_METADATA = 16
 MAX_LABEL_CHARACTERS = 512
 """Of an id, a key or a user's name that is only kept."""
+
+MAX_TOOL_CALLS = 1 << 20
+"""It counts calls that a server makes itself, and this one makes none."""
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -59,8 +44,6 @@ MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
 _NO_REASONING = "The model answers without reasoning aside: leave it out."
-_NOT_FETCHED = "Nothing is fetched: put what the model should know into the input."
-_NOT_RUN = "Nothing is run for the model: describe it as a function, and call it yourself."
 
 
 class TextFormat(Strict):
@@ -125,82 +108,6 @@ class ResponsesStreamOptions(Strict):
         return self
 
 
-class FunctionTool(FunctionDefinition):
-    """`strict` is kept wherever the model may call: from where a call begins, the engine's grammar holds its
-    arguments to the schema. So it is taken with `tool_choice: auto` too, where the chat endpoint refuses it;
-    the API's own clients send it by default here."""
-
-    refused: ClassVar[Mapping[str, str]] = {
-        "function": "In Responses its fields stand beside type.",
-        "async": "A call is answered in a later request: leave it out.",
-        "allowed_callers": "Only the model calls functions: leave it out.",
-        "defer_loading": "All tools are shown to the model: leave it out.",
-        "output_schema": "Results are read as they are: leave it out.",
-    }
-
-    type: Literal["function"]
-
-
-_REFUSED_TOOLS = {
-    **dict.fromkeys(
-        ("web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11"),
-        _NOT_FETCHED,
-    ),
-    "file_search": "Nothing is searched: put what the model should know into the input.",
-    "mcp": "No other server is called: list its tools as functions, and call them yourself.",
-    "custom": "Describe it as a function with parameters.",
-    "image_generation": "The model answers in text: leave it out.",
-    "namespace": "List its functions in tools.",
-    "tool_search": "All tools are shown to the model: leave it out.",
-    **dict.fromkeys(
-        ("code_interpreter", "computer", "computer_use", "computer_use_preview", "local_shell", "shell",
-         "apply_patch", "programmatic_tool_calling"),
-        _NOT_RUN,
-    ),
-}  # fmt: skip
-
-
-def _as_tool(value: Any) -> Any:
-    return of_type(value, {"function": FunctionTool}, _REFUSED_TOOLS)
-
-
-class OfferedFunction(Strict):
-    type: Literal["function"]
-    name: str
-
-
-class AllowedFunctions(Strict):
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: list[
-        Annotated[
-            OfferedFunction,
-            BeforeValidator(lambda value: of_type(value, {"function": OfferedFunction}, _REFUSED_TOOLS)),
-        ]
-    ] = Field(min_length=1, max_length=MAX_TOOLS)
-
-
-class ChoiceWord(Strict):
-    """A word alone was made `{"type": word}` before it came here."""
-
-    type: Literal["none", "auto", "required"]
-
-
-_CHOICES: dict[str, type[Strict]] = {
-    **dict.fromkeys(("none", "auto", "required"), ChoiceWord),
-    "function": OfferedFunction,
-    "allowed_tools": AllowedFunctions,
-}
-
-
-def _as_choice(value: Any) -> Any:
-    return of_type({"type": value} if isinstance(value, str) else value, _CHOICES, _REFUSED_TOOLS)
-
-
-Choice: TypeAlias = ChoiceWord | OfferedFunction | AllowedFunctions
-ChoiceInput: TypeAlias = Literal["none", "auto", "required"] | OfferedFunction | AllowedFunctions
-
-
 class ResponsesBody(Strict):
     """/v1/responses. The fields of the second group are our own; those of the last change nothing about the
     answer."""
@@ -236,7 +143,7 @@ class ResponsesBody(Strict):
     instructions: str | None = None
     previous_response_id: Label | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=MAX_PROMPT_TOKENS)] | None = None
-    max_tool_calls: Annotated[int, Field(ge=1, le=MAX_PROMPT_TOKENS)] | None = None
+    max_tool_calls: Annotated[int, Field(ge=1, le=MAX_TOOL_CALLS)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_logprobs: Logprobs | None = None
@@ -257,12 +164,11 @@ class ResponsesBody(Strict):
     ] | None = None  # fmt: skip
     text: TextOptions | None = None
     tools: Annotated[
-        list[Annotated[FunctionTool, BeforeValidator(_as_tool)]], Field(max_length=MAX_TOOLS)
+        list[Annotated[FunctionTool, BeforeValidator(as_tool)]], Field(max_length=MAX_TOOLS)
     ] | None = None  # fmt: skip
     tool_choice: Annotated[
-        Choice | None, BeforeValidator(lambda value: value if value is None else _as_choice(value),
-                                       json_schema_input_type=ChoiceInput | None)
-    ] = None  # fmt: skip
+        Choice | None, BeforeValidator(as_choice, json_schema_input_type=ChoiceInput | None)
+    ] = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningOptions | None = None
     stream: bool | None = None
@@ -320,8 +226,6 @@ SHARED = (
 )  # fmt: skip
 """Fields that chats have too, under the same names."""
 
-assert set(SHARED) <= GenerateBody.model_fields.keys()
-
 
 @dataclass(frozen=True, kw_only=True)
 class ResponsesCall:
@@ -368,7 +272,7 @@ def responses_call(
             code="missing_required_parameter",
         )
     beginning = [] if read.instructions is None else [Message("system", read.instructions)]
-    offer = _offer(read)
+    offer = offered(read.tools, read.tool_choice, read.parallel_tool_calls)
     call = _as_chat(read, tenant)
     (request,) = call.requests
     if offer is not None and offer.choice != "none" and request.structure is not None:
@@ -407,36 +311,3 @@ def _as_chat(read: ResponsesBody, tenant: str) -> GenerateCall:
     elif wanted is not None:
         chat["response_format"] = {"type": wanted.type}
     return chat_call(chat, tenant=tenant)
-
-
-def _offer(read: ResponsesBody) -> ToolUse | None:
-    """The tools on offer. Raises InvalidBodyError for a choice among tools that are not there."""
-    tools = [
-        Tool(
-            type="function",
-            function=FunctionDefinition(
-                name=tool.name, description=tool.description, parameters=tool.parameters
-            ),
-        )
-        for tool in read.tools or ()
-    ]
-    names = [tool.function.name for tool in tools]
-    choice: ToolChoice | None = None
-    match read.tool_choice:
-        case ChoiceWord(type=word):
-            choice = ToolChoice(type=word)
-        case OfferedFunction(name=name):
-            _require_known(name, names, "tool_choice.name")
-            choice = ToolChoice(type="function", function=NamedFunction(name=name))
-        case AllowedFunctions(mode=mode, tools=allowed):
-            for number, one in enumerate(allowed):
-                _require_known(one.name, names, f"tool_choice.tools.{number}.name")
-            named = [NamedTool(type="function", function=NamedFunction(name=one.name)) for one in allowed]
-            choice = ToolChoice(type="allowed_tools", allowed_tools=AllowedTools(mode=mode, tools=named))
-    return tool_use(tools, choice, read.parallel_tool_calls)
-
-
-def _require_known(name: str, names: Sequence[str], param: str) -> None:
-    if name not in names:
-        known = f"Known: {', '.join(names)}." if names else "Give tools, or leave tool_choice out."
-        raise InvalidBodyError(f"{param} = {clip(name, 64)} is none of the tools.", known, param=param)

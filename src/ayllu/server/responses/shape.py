@@ -85,7 +85,8 @@ class ResponseShape:
     def __init__(self, call: ResponsesCall, *, model: str, response_id: str, created_at: float) -> None:
         (self._request,) = call.generate.requests
         self._call = call
-        self._head = {"id": response_id, "object": "response", "created_at": int(created_at)}
+        self._created_at = int(created_at)
+        self._head = {"id": response_id, "object": "response", "created_at": self._created_at}
         self._echo = _echo(call, model)
         self._number = 0
         self._items: list[_MessageItem | _CallItem] = []
@@ -147,7 +148,7 @@ class ResponseShape:
         if status not in ("queued", "in_progress") and self._done is not None:
             response["usage"] = _usage(self._done)
         if status == "completed":
-            response["completed_at"] = max(int(time.time()), self._head["created_at"])
+            response["completed_at"] = max(int(time.time()), self._created_at)
         if status == "incomplete" and self._reason == "length":
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         if status == "failed" and self._error is not None:

@@ -111,9 +111,7 @@ def get(db: Db, key_id: str, user_id: str | None) -> Key:
 def revoke(db: Db, key_id: str, user_id: str | None) -> Key:
     """End a key for good. Raises NotFoundError."""
     get(db, key_id, user_id)
-    db.execute(
-        update(_T).where(_T.c.id == key_id, _T.c.revoked_at.is_(None)).values(revoked_at=time.time())
-    )
+    db.execute(update(_T).where(_T.c.id == key_id, _T.c.revoked_at.is_(None)).values(revoked_at=time.time()))
     return get(db, key_id, user_id)
 
 

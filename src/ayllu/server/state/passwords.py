@@ -22,7 +22,7 @@ def hash_password(text: str) -> str:
 
 
 def verify_password(stored: str | None, text: str) -> bool:
-    """Whether `text` is the password. None: there is no such user or password; the same work is done, in vain."""
+    """Whether `text` is the password. None: there is no such user; the same work is done, in vain."""
     if stored is None:
         _matches(_nobodys_hash(), text)
         return False

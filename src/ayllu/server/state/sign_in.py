@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session as Db
 
 from ayllu.errors import NotFoundError
 from ayllu.server.state import tables, users
-from ayllu.server.state.database import changed_rows
 from ayllu.server.state.records import Session, User
+from ayllu.server.state.rows import changed_rows
 from ayllu.server.state.secret_text import digest, new_id, new_secret, same
 
 MAX_SESSIONS = 100

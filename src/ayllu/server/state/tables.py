@@ -1,4 +1,4 @@
-"""The tables of the database, as they are at the newest schema. `migrations/` makes them; a test compares both.
+"""The tables of the database at the newest schema. `migrations/` makes them; a test compares both.
 
 Only types that SQLite and PostgreSQL keep alike: text, whole numbers, doubles, booleans and bytes. Values of
 JSON are text, so that what is read back (and hashed) is to the byte what was written.
@@ -154,9 +154,7 @@ messages = Table(
     "messages",
     metadata,
     Column("id", PlainText, primary_key=True),
-    Column(
-        "conversation_id", PlainText, ForeignKey("conversations.id", ondelete="CASCADE"), nullable=False
-    ),
+    Column("conversation_id", PlainText, ForeignKey("conversations.id", ondelete="CASCADE"), nullable=False),
     Column("number", Integer, nullable=False),
     Column("parent_id", PlainText),
     Column("role", PlainText, nullable=False),

@@ -24,7 +24,8 @@ def folded(text: str) -> str:
 
 def like_pattern(query: str) -> str:
     r"""What LIKE ... ESCAPE '\' finds `query` with, anywhere, each of its characters meaning itself."""
-    return f"%{re.sub(r'([\\%_])', r'\\\1', folded(query))}%"
+    escaped = re.sub(r"([\\%_])", r"\\\1", folded(query))
+    return f"%{escaped}%"
 
 
 def searched_text(content: Any) -> str:

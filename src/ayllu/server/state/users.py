@@ -6,7 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import bindparam, delete as delete_from, func, insert, select, update as update_table
+from sqlalchemy import bindparam, func, insert, select
+from sqlalchemy import delete as delete_from
+from sqlalchemy import update as update_table
 from sqlalchemy.orm import Session as Db
 
 from ayllu.errors import ConflictError, NotFoundError, UsageError
@@ -137,7 +139,7 @@ def update(
 
 
 def delete(db: Db, user_id: str) -> None:
-    """Delete an account with all that belongs to it. Raises NotFoundError, and ConflictError for the last admin."""
+    """Delete an account with all that is its. Raises NotFoundError, and ConflictError for the last admin."""
     _require_other_admin(db, user_id)
     get(db, user_id)
     db.execute(delete_from(_T).where(_T.c.id == user_id))

@@ -1,0 +1,1 @@
+"""Alembic's folder: how each schema is made out of the one before."""

@@ -1,0 +1,1 @@
+"""One file for each schema. They never change once released, so they share nothing with `tables`."""
