@@ -1,7 +1,7 @@
 """One typed settings object for the whole program.
 
 Each value comes from the first of: command-line flag, environment (`AYLLU_<NAME>`), settings file (TOML),
-built-in default. A running server has one more layer above the defaults: what an admin stored (`with_stored`).
+built-in default. A server has one more layer above the defaults: what an admin stored (`with_stored`).
 Where a value came from is kept beside it, so that a surprising one can be explained (`describe`).
 """
 
@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import platformdirs
 
@@ -214,7 +213,7 @@ class Settings:
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def origin(self, name: str) -> str:
-        """Where the value of `name` came from: 'flag', an environment variable, a file, 'stored' or 'default'."""
+        """Where `name` has its value from: 'flag', an environment variable, a file, 'stored' or 'default'."""
         return self.origins.get(name, DEFAULT)
 
 
@@ -278,7 +277,7 @@ def _read(name: str, value: object, origin: str) -> Any:
 
 
 def with_stored(settings: Settings, stored: Mapping[str, Any], *, strict: bool = False) -> Settings:
-    """`settings`, with what an admin stored where neither a flag nor the environment nor a file says otherwise.
+    """`settings`, with what an admin stored where no flag, variable or file says otherwise.
 
     settings: as they were given, without an earlier layer. A stored value that cannot be is reported in the
     log and ignored, as a server must start all the same; strict: it raises UsageError.
@@ -308,7 +307,7 @@ _NOT_LIVE = "Set it by a flag, the environment or the settings file, and start a
 
 @dataclass(frozen=True, kw_only=True)
 class Knob:
-    """One setting, to be shown. value: a secret is masked. live: an admin may change it while the server runs.
+    """One setting, to be shown; a secret is masked. live: an admin may change it while the server runs.
     pinned: a flag, the environment or the file sets it, so what is stored does not count."""
 
     name: str
@@ -336,27 +335,28 @@ def describe(settings: Settings) -> list[Knob]:
     ]
 
 
+_DATABASE = ("postgresql:", "postgresql+", "postgres:", "sqlite:")
+
+
 def _shown(value: Any, *, secret: bool) -> Any:
     """`value` without what must not be seen: a secret, or the password inside an address."""
     if isinstance(value, tuple):
         return tuple(_shown(item, secret=secret) for item in value)
-    if isinstance(value, str) and "://" in value:
-        return _without_password(value)
-    return MASK if secret and value is not None else value
+    if secret and value is not None and not str(value).startswith(_DATABASE):
+        return MASK
+    return _without_password(value) if isinstance(value, str) and "://" in value else value
 
 
 def _without_password(address: str) -> str:
-    """An address keeps what helps to recognise it; its query may hold a password too, and goes whole."""
-    try:
-        parts = urlsplit(address)
-        user, at, place = parts.netloc.rpartition("@")
-    except ValueError:
-        return MASK
+    """An address keeps what helps to recognise it. All before the last @ may be a password, whatever it holds,
+    and so may a query."""
+    scheme, _, rest = address.partition("://")
+    user, at, place = rest.rpartition("@")
     name, colon, _ = user.partition(":")
-    scheme, _, _ = address.partition("://")
-    query = f"?{MASK}" if parts.query else ""
-    fragment = f"#{MASK}" if parts.fragment else ""
-    return f"{scheme}://{name}{f':{MASK}' if colon else ''}{at}{place}{parts.path}{query}{fragment}"
+    for mark in "?#":
+        kept, found, _ = place.partition(mark)
+        place = f"{kept}{mark}{MASK}" if found else kept
+    return f"{scheme}://{name}{f':{MASK}' if colon else ''}{at}{place}"
 
 
 def _require_known(name: str, origin: str) -> None:

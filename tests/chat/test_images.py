@@ -196,7 +196,8 @@ def gif(frames: int) -> bytes:
 
 def animation(kind: str, frames: int) -> bytes:
     data = io.BytesIO()
-    pictures = [Image.new("RGB", (4, 4), (number % 256, number // 256, 0)) for number in range(frames)]
+    colours = [(number * 97 % 256, number * 61 % 256, number * 31 % 256) for number in range(frames)]
+    pictures = [Image.new("RGB", (4, 4), colour) for colour in colours]
     pictures[0].save(data, kind, save_all=True, append_images=pictures[1:])
     return data.getvalue()
 

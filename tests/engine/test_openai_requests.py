@@ -104,8 +104,8 @@ def test_every_field_of_the_api_is_honoured_or_refused_by_name(model, fields: li
 
 
 @pytest.mark.parametrize("model", [ChatBody, CompletionBody, EmbeddingBody])
-def test_the_page_about_batches_names_every_field(model) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "batch.md").read_text(encoding="utf-8")
+def test_the_page_about_the_api_names_every_field(model) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
     assert [name for name in (*model.model_fields, *model.refused) if f"`{name}`" not in page] == []
 
 

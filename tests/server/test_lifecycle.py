@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -290,12 +291,15 @@ def test_slow_and_endless_headers_hold_no_connection(real: Running, monkeypatch:
     from ayllu.server import http_protocol
 
     monkeypatch.setattr(http_protocol, "HEADER_TIMEOUT_S", 0.3)
-    connection = connect(real)
-    connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nx-slow: ")
-    assert connection.recv(100) == b""
-    connection = connect(real)
-    connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nx-long: " + b"a" * 70_000)
-    assert connection.recv(100).startswith(b"HTTP/1.1 431")
+    with connect(real) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nx-slow: ")
+        assert connection.recv(100) == b""
+    with connect(real) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nx-long: " + b"a" * 17_000)
+        assert connection.recv(100).startswith(b"HTTP/1.1 431")
+        with contextlib.suppress(ConnectionError):
+            while connection.recv(1000):
+                pass
 
 
 def test_one_bad_request_costs_nobody_else_anything(real: Running) -> None:

@@ -286,7 +286,7 @@ def served_by_user(
             continue
         user = str(what)
         if kind == "arrives":
-            later(rng.expovariate(flood if user == "flooder" else wanted), "arrives", user)
+            later(rng.uniform(0.5, 1.5) / (flood if user == "flooder" else wanted), "arrives", user)
         try:
             ticket = one.admit(user, None, tokens=10)
         except OverloadedError as error:

@@ -20,31 +20,17 @@ from ayllu.server import metrics as module
 from ayllu.server.metrics import CONTENT_TYPE, Metrics, Watch
 
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "ayllu.json"
-NAMES_OF_VLLM = [
-    "num_requests_running",
-    "num_requests_waiting",
-    "kv_cache_usage_perc",
-    "prefix_cache_queries_total",
-    "prefix_cache_hits_total",
-    "prompt_tokens_total",
-    "generation_tokens_total",
-    "request_success_total",
-    "time_to_first_token_seconds_bucket",
-    "inter_token_latency_seconds_bucket",
-    "request_time_per_output_token_seconds_bucket",
-    "e2e_request_latency_seconds_bucket",
-    "request_queue_time_seconds_bucket",
-    "request_inference_time_seconds_bucket",
-    "request_prefill_time_seconds_bucket",
-    "request_decode_time_seconds_bucket",
-    "request_prompt_tokens_bucket",
-    "request_generation_tokens_bucket",
-    "request_params_n_bucket",
-    "request_params_max_tokens_bucket",
-    "num_preemptions_total",
-    "spec_decode_num_draft_tokens_total",
-    "spec_decode_num_accepted_tokens_total",
-]
+NAMES_OF_VLLM = (
+    *("num_requests_running", "num_requests_waiting", "num_preemptions_total", "kv_cache_usage_perc"),
+    *("prefix_cache_queries_total", "prefix_cache_hits_total", "prompt_tokens_total"),
+    *("generation_tokens_total", "request_success_total", "time_to_first_token_seconds_bucket"),
+    *("inter_token_latency_seconds_bucket", "request_time_per_output_token_seconds_bucket"),
+    *("e2e_request_latency_seconds_bucket", "request_queue_time_seconds_bucket"),
+    *("request_inference_time_seconds_bucket", "request_prefill_time_seconds_bucket"),
+    *("request_decode_time_seconds_bucket", "request_prompt_tokens_bucket"),
+    *("request_generation_tokens_bucket", "request_params_n_bucket", "request_params_max_tokens_bucket"),
+    *("spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total"),
+)
 
 
 class Clock:
@@ -167,7 +153,7 @@ def test_gaps_are_taken_within_each_of_several_answers() -> None:
 def test_finished_reasons_are_vllms(reason: Any, told: str) -> None:
     metrics = Metrics()
     watch = metrics.started("tiny", params_n=1, params_max_tokens=None)
-    watch.event(ToolCallMade(0, 0, ToolCall("name", "{}")))
+    watch.event(ToolCallMade(0, 0, ToolCall("name", {})))
     watch.event(AnswerFinished(0, reason, 3))
     watch.ended("stop")
     seen = values(metrics)

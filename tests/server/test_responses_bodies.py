@@ -1,4 +1,4 @@
-"""Bodies of /v1/responses: every field honoured or refused by name, and turns as the chat endpoint has them."""
+"""Bodies of /v1/responses: every field honoured or refused by name, turns as the chat endpoint has them."""
 
 from __future__ import annotations
 
@@ -33,10 +33,32 @@ CLOCK = {"type": "function", "name": "clock", "parameters": None}
 CALL = {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": '{"city": "Cusco"}'}
 RESULT = {"type": "function_call_output", "call_id": "c1", "output": "sunny"}
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 # As the official client 3.57 declares them for responses.create.
-API_FIELDS = ["access_programs", "background", "background_options", "context_management", "conversation", "image", "include", "input", "instructions", "max_output_tokens", "max_tool_calls", "metadata", "model", "moderation", "parallel_tool_calls", "previous_response_id", "prompt", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning", "safety_identifier", "service_tier", "store", "stream", "stream_options", "temperature", "text", "tool_choice", "tools", "top_logprobs", "top_p", "truncation", "user"]
-API_ITEMS = ["message", "file_search_call", "computer_call", "computer_call_output", "web_search_call", "function_call", "function_call_output", "tool_search_call", "tool_search_output", "additional_tools", "configuration_update", "reasoning", "compaction", "image_generation_call", "code_interpreter_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output", "apply_patch_call", "apply_patch_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "mcp_call", "custom_tool_call_output", "custom_tool_call", "compaction_trigger", "item_reference", "program", "program_output"]
-API_TOOLS = ["function", "file_search", "computer", "computer_use_preview", "web_search", "web_search_2025_08_26", "mcp", "code_interpreter", "programmatic_tool_calling", "image_generation", "local_shell", "shell", "custom", "namespace", "tool_search", "web_search_preview", "web_search_preview_2025_03_11", "apply_patch"]
+API_FIELDS = _words(
+    """access_programs background background_options context_management conversation image include
+    input instructions max_output_tokens max_tool_calls metadata model moderation
+    parallel_tool_calls previous_response_id prompt prompt_cache_key prompt_cache_options
+    prompt_cache_retention reasoning safety_identifier service_tier store stream stream_options
+    temperature text tool_choice tools top_logprobs top_p truncation user"""
+)
+API_ITEMS = _words(
+    """message file_search_call computer_call computer_call_output web_search_call function_call
+    function_call_output tool_search_call tool_search_output additional_tools configuration_update
+    reasoning compaction image_generation_call code_interpreter_call local_shell_call
+    local_shell_call_output shell_call shell_call_output apply_patch_call apply_patch_call_output
+    mcp_list_tools mcp_approval_request mcp_approval_response mcp_call custom_tool_call_output
+    custom_tool_call compaction_trigger item_reference program program_output"""
+)
+API_TOOLS = _words(
+    """function file_search computer computer_use_preview web_search web_search_2025_08_26 mcp
+    code_interpreter programmatic_tool_calling image_generation local_shell shell custom namespace
+    tool_search web_search_preview web_search_preview_2025_03_11 apply_patch"""
+)
 
 
 def call(**body: Any) -> ResponsesCall:
@@ -165,7 +187,8 @@ def test_a_refused_tool_is_named_with_the_reason_wherever_it_stands(kind: str) -
         ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "file-1"}]}]},
          "input.0.content.0.file_id"),
         ({"input": [{"role": "user", "content": [
-            {"type": "input_file", "file_url": "https://example.org/a.txt"}]}]}, "input.0.content.0.file_url"),
+            {"type": "input_file", "file_url": "https://example.org/a.txt"}]}]},
+         "input.0.content.0.file_url"),
         ({"input": [{"role": "user", "content": [
             {"type": "input_file", "file_data": "data:application/pdf;base64,AAAA"}]}]},
          "input.0.content.0.file_data"),

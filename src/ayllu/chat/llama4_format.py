@@ -122,7 +122,7 @@ class Llama4Format:
         parts = message.parts
         for number, part in enumerate(parts):
             if isinstance(part, ImagePart):
-                tiled = tile_image(part.data, self._image_config)
+                tiled = part.tiled or tile_image(part.data, self._image_config)
                 builder.image(tiled, image_layout(tiled, self._image_config.tokens_per_tile))
                 continue
             text = part.text

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ayllu.errors import UsageError, clip
+
+if TYPE_CHECKING:
+    from ayllu.chat.images import TiledImage
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -20,9 +23,11 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """One image inside a message: its encoded bytes (PNG, JPEG, ...), never a path or an address."""
+    """One image inside a message: its encoded bytes (PNG, JPEG, ...), never a path or an address. tiled: what
+    the model sees of it, where somebody has cut it already; a chat format cuts the others itself."""
 
     data: bytes
+    tiled: TiledImage | None = field(default=None, repr=False, compare=False)
 
 
 Part = TextPart | ImagePart

@@ -20,9 +20,9 @@ from types import TracebackType
 from typing import Any
 
 from ayllu.chat.tokenizer import Tokenizer
+from ayllu.engine.frames import read_frame, write_frame
 from ayllu.engine.grammar_errors import too_complex
 from ayllu.engine.grammar_vocabulary import GrammarVocabulary
-from ayllu.engine.grammar_worker import read_frame, write_frame
 from ayllu.engine.prepared import GrammarSpec
 from ayllu.errors import AylluError, EngineUnavailableError, GrammarError, OverloadedError, UnsupportedError
 

@@ -6,7 +6,6 @@ memory that the system enforces, and answers on standard output. Whatever a gram
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -14,45 +13,23 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import llguidance
 import numpy as np
 
+from ayllu.engine.frames import read_frame, write_frame
 from ayllu.engine.grammar import compiled_matcher
 from ayllu.engine.grammar_errors import compile_error, too_complex
 from ayllu.engine.grammar_vocabulary import TRYING_STACK_BYTES, GrammarVocabulary
 from ayllu.engine.prepared import GrammarSpec
 from ayllu.errors import AylluError, UnsupportedError
 
-MAX_FRAME_BYTES = 1 << 28
 MAX_MASK_SECONDS = 0.1
 """Processor time for one mask. Some grammars compile at once and take long to follow, and a step of the
 engine serves others too."""
 
 _WALKS, _STEPS = 2, 16
-
-
-def write_frame(stream: IO[bytes], message: dict[str, Any]) -> None:
-    """Send one message: its length in four bytes, then JSON."""
-    data = json.dumps(message).encode("ascii")
-    stream.write(len(data).to_bytes(4, "big") + data)
-    stream.flush()
-
-
-def read_frame(stream: IO[bytes]) -> dict[str, Any] | None:
-    """The next message, None at the end of the stream. Raises ValueError for what is no message."""
-    head = stream.read(4)
-    length = int.from_bytes(head, "big")
-    if len(head) < 4 or length > MAX_FRAME_BYTES:
-        return None
-    data = stream.read(length)
-    if len(data) < length:
-        return None
-    message = json.loads(data)
-    if not isinstance(message, dict):
-        raise ValueError("the message is no JSON object")
-    return message
 
 
 class Bench:

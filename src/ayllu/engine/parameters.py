@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ayllu.errors import UsageError
+from ayllu.errors import UsageError, clip
 
 DEFAULT_CONTEXT = 8192
 """Context window in tokens when none is asked for: fits a small machine, where a model's own longest may be
@@ -59,8 +59,10 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
     if (
         isinstance(value, bool)
         or not isinstance(value, kinds)
-        or not math.isfinite(value)
+        or not (isinstance(value, int) or math.isfinite(value))  # isfinite fails for very large ones
         or not low <= value <= high
     ):
         kind = "a whole number" if whole else "a value"
-        raise UsageError(f"{name} = {value!r} is out of range.", f"Use {kind} from {low:g} to {high:g}.")
+        raise UsageError(
+            f"{name} = {clip(repr(value), 40)} is out of range.", f"Use {kind} from {low:g} to {high:g}."
+        )

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ayllu.chat.messages import ImagePart, ToolCall
+from ayllu.chat.images import ImageConfig
+from ayllu.chat.messages import ImagePart, Message, Part, ToolCall
 from ayllu.engine.events import AnswerFinished, Event, TextDelta, ToolCallMade
-from ayllu.engine.model_files import EncoderFiles, ModelFiles
+from ayllu.engine.model_files import EncoderFiles, ModelFiles, image_config_for
 from ayllu.engine.parameters import require_range
 from ayllu.engine.prepared import CoreFacts, GrammarSpec, PreparedEmbedding, PreparedImage, PreparedRequest
 from ayllu.engine.requests import (
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from ayllu.chat.infill import InfillFormat
     from ayllu.chat.toolcalls import ToolCallParser
     from ayllu.engine.grammar_check import GrammarChecker
+    from ayllu.engine.image_cutter import ImageCutter
 
 MAX_ID_CHARACTERS = 200
 
@@ -69,7 +71,8 @@ class Preparation:
         self._files = files
         self._facts = facts
         self._checker: GrammarChecker | None = None
-        self._making_checker = threading.Lock()
+        self._cutter: ImageCutter | None = None
+        self._making = threading.Lock()
 
     def prepare(self, request: GenerateRequest) -> Prepared:
         """Everything the core needs for `request`."""
@@ -143,10 +146,12 @@ class Preparation:
 
     def close(self) -> None:
         """End what was started for checks. Idempotent."""
-        with self._making_checker:
+        with self._making:
             checker, self._checker = self._checker, None
-        if checker is not None:
-            checker.close()
+            cutter, self._cutter = self._cutter, None
+        for helper in (checker, cutter):
+            if helper is not None:
+                helper.close()
 
     def _prompt(
         self, prompt: PromptInput, tools: ToolUse | None, *, add_generation_prompt: bool = True
@@ -154,11 +159,8 @@ class Preparation:
         images: tuple[PreparedImage, ...] = ()
         match prompt:
             case ChatPrompt(messages):
-                carries_image = any(isinstance(part, ImagePart) for turn in messages for part in turn.parts)
-                if carries_image and not self._facts.reads_images:
-                    raise UsageError("This model reads no images.", "Choose a model with a vision tower.")
                 rendered = self._files.chat_format.render(
-                    messages,
+                    self._with_tiles(messages),
                     () if tools is None else tools.tools,
                     add_generation_prompt=add_generation_prompt,
                 )
@@ -172,6 +174,40 @@ class Preparation:
                 token_ids = self._infill().render(prefix, suffix)
         self._require_tokens_known("the prompt", token_ids)
         return token_ids, images
+
+    def _with_tiles(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages, their images cut into tiles by processes that do nothing else."""
+        if not any(isinstance(part, ImagePart) for turn in messages for part in turn.parts):
+            return messages
+        if not self._facts.reads_images:
+            raise UsageError("This model reads no images.", "Choose a model with a vision tower.")
+        config = image_config_for(self._files.checkpoint.config) or ImageConfig()
+        made, patches = [], 0
+        for turn in messages:
+            parts: list[Part] = []
+            for part in turn.parts:
+                if isinstance(part, ImagePart):
+                    tiled = self._image_cutter().tiles(part.data, config)
+                    patches += len(tiled.pixels) * config.tokens_per_tile
+                    # Many small images make much of little: what cannot fit is not cut to the end first.
+                    if patches > self._facts.context:
+                        raise ContextOverflowError(
+                            f"The images alone have more tokens than the context holds, {self._facts.context}.",
+                            "Send fewer or smaller images, or raise --context.",
+                        )
+                    part = dataclasses.replace(part, tiled=tiled)
+                parts.append(part)
+            made.append(dataclasses.replace(turn, content=tuple(parts)))
+        return made
+
+    def _image_cutter(self) -> ImageCutter:
+        # Imported here: most requests carry no image.
+        from ayllu.engine.image_cutter import ImageCutter
+
+        with self._making:
+            if self._cutter is None:
+                self._cutter = ImageCutter()
+            return self._cutter
 
     def _infill(self) -> InfillFormat:
         from ayllu.chat.infill import infill_format_for
@@ -232,7 +268,7 @@ class Preparation:
     def _grammar_checker(self) -> GrammarChecker:
         from ayllu.engine.grammar_check import GrammarChecker
 
-        with self._making_checker:
+        with self._making:
             if self._checker is None:
                 self._checker = GrammarChecker(self._files.tokenizer, self._files.stop_ids)
             return self._checker

@@ -23,6 +23,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     """One connection."""
 
     _header_bytes = 0
+    _unfinished_bytes = 0
+    _in_header = True
     _refused = False
     _timer: asyncio.TimerHandle | None = None
 
@@ -38,11 +40,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._refused:
-            super().data_received(data)
+        if self._refused:
+            return
+        super().data_received(data)
+        # The parser tells of a header when it is whole: of one without an end, never.
+        if self._in_header:
+            self._unfinished_bytes += len(data)
+            if self._unfinished_bytes > MAX_HEADER_BYTES:
+                self._refuse(431, b"The header is larger than 16 KiB.")
 
     def on_message_begin(self) -> None:
-        self._header_bytes = 0
+        self._header_bytes = self._unfinished_bytes = 0
+        self._in_header = True
         if self._timer is None:
             self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._late)
         super().on_message_begin()
@@ -58,6 +67,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        self._in_header = False
         self._stop_timer()
         if not self._refused:
             super().on_headers_complete()

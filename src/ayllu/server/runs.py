@@ -136,10 +136,11 @@ class Runs:
         """A run's events with numbers above `after`: of one under way, or as stored. Raises NotFoundError."""
         live = self._live_of(run_id, user_id)
         if live is not None:
-            async for batch in live.follow(after):
-                yield batch
-            return
+            return live.follow(after)
         await self._database.run(lambda db: stored.get(db, run_id, user_id), read=True)
+        return self._stored(run_id, user_id, after)
+
+    async def _stored(self, run_id: str, user_id: str, after: int) -> AsyncIterator[list[ServerEvent]]:
         while True:
             page = await self._database.run(
                 lambda db, after=after: stored.events(db, run_id, user_id, after, PAGE), read=True
@@ -213,16 +214,16 @@ class Runs:
                         live.say(batch)
         except asyncio.CancelledError:
             status = "cancelled" if live.cancelled else "interrupted"
-            last = [*live.shape.cancelled()]
+            last = last or [*live.shape.cancelled()]
         except AylluError as failure:
             status, error = "failed", {"message": str(failure), "type": type(failure).__name__}
             live.refusal = None if live.events or last else failure
-            last = last or [*_opening(live), *live.shape.failed(failure)]
+            last = last or [*live.shape.failed(failure)]
         except Exception:
             _log.exception("run %s failed", live.id)
             status, failed = "failed", RequestFailedError("The run failed.", "This is an error in ayllu.")
             error = {"message": str(failed), "type": "RequestFailedError"}
-            last = [*_opening(live), *live.shape.failed(failed)]
+            last = [*live.shape.failed(failed)]
         # Whatever cancels from here on must not keep the end from being stored.
         ending = asyncio.create_task(self._end(live, record, storing, status, error, last))
         await asyncio.shield(ending)
@@ -240,8 +241,8 @@ class Runs:
         if storing is not None:
             await storing
         result = _response_in(last) or live.shape.snapshot("failed")
-        if status == "completed" and result.get("status") == "incomplete":
-            status = "incomplete"
+        if status == "completed" and result.get("status") in ("incomplete", "cancelled"):
+            status = result["status"]
         try:
             if record.on_end is not None:
                 await record.on_end(status, result)
@@ -307,10 +308,6 @@ class _Record:
     request: dict[str, Any]
     store: bool
     on_end: OnEnd | None
-
-
-def _opening(live: LiveRun) -> Iterable[ServerEvent]:
-    return () if live.events else live.shape.opening()
 
 
 def _response_in(events: Sequence[ServerEvent]) -> dict[str, Any] | None:

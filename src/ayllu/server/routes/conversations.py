@@ -313,7 +313,7 @@ async def run_events(request: Request, run_id: str, after: int = -1) -> Response
     user_id = caller(request).user_id
     last_seen = request.headers.get("last-event-id", "")
     after = int(last_seen) if last_seen.isdecimal() and len(last_seen) < 12 else after
-    events = services.runs.follow(run_id, user_id, max(-1, min(after, 1 << 31)))
+    events = await services.runs.follow(run_id, user_id, max(-1, min(after, 1 << 31)))
     return EventStream(events)
 
 

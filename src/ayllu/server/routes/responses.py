@@ -134,9 +134,8 @@ async def retrieve(
     services = services_of(request)
     user_id = caller(request).user_id
     if stream:
-        await services.runs.get(response_id, user_id)
         after = -1 if starting_after is None else max(-1, min(starting_after, 1 << 31))
-        return EventStream(services.runs.follow(response_id, user_id, after))
+        return EventStream(await services.runs.follow(response_id, user_id, after))
     return JsonReply(await services.runs.get(response_id, user_id))
 
 
