@@ -348,8 +348,8 @@ def _shown(value: Any, *, secret: bool) -> Any:
 
 
 def _without_password(address: str) -> str:
-    """An address keeps what helps to recognise it. All before the last @ may be a password, whatever it holds,
-    and so may a query."""
+    """An address keeps what helps to recognise it. All before the last @ may be a password, whatever it
+    holds, and so may a query."""
     scheme, _, rest = address.partition("://")
     user, at, place = rest.rpartition("@")
     name, colon, _ = user.partition(":")

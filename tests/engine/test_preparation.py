@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ayllu.chat.formats import PlainFormat
-from ayllu.chat.images import ImageConfig
+from ayllu.chat.images import ImageConfig, TiledImage, tile_image
 from ayllu.chat.messages import Message, ToolDefinition, user_message
 from ayllu.chat.tokenizer import Tokenizer, load_tokenizer
 from ayllu.engine.events import (
@@ -30,6 +30,7 @@ from ayllu.engine.events import (
     TokenLogprob,
     ToolCallMade,
 )
+from ayllu.engine.image_cutter import ImageCutter
 from ayllu.engine.model_files import EncoderFiles, ModelFiles, open_model_files
 from ayllu.engine.parameters import Sampling
 from ayllu.engine.preparation import EncoderPreparation, Preparation, PublicEvents
@@ -50,6 +51,7 @@ from ayllu.errors import (
     AylluError,
     ContextOverflowError,
     GrammarError,
+    ImageError,
     RequestFailedError,
     UnsupportedError,
     UsageError,
@@ -234,6 +236,34 @@ def test_images_are_cut_into_tiles_where_the_model_sees(llama4: ModelFiles) -> N
     assert again.digest == prepared.images[0].digest != prepared.images[1].digest
     patches = ImageConfig(size, vision.patch_size, vision.shuffle**2).tokens_per_tile
     assert prepared.token_ids.count(vision.patch_token_id) == patches * (1 + 5)
+    prepares.close()
+
+
+def test_images_that_cannot_fit_together_are_not_all_cut_first(
+    llama4: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many images of one pixel are a small request, and would be gigabytes of tiles."""
+    cut: list[bytes] = []
+
+    def counting(self: ImageCutter, data: bytes, config: ImageConfig) -> TiledImage:
+        cut.append(data)
+        return tile_image(data, config)
+
+    monkeypatch.setattr(ImageCutter, "tiles", counting)
+    prepares = Preparation(llama4, facts_for(llama4, context=64, reads_images=True))
+    message = user_message("what?", [picture((1, 1))] * 10_000)
+    with pytest.raises(ContextOverflowError, match="images alone"):
+        prepares.prepare(ask(ChatPrompt((message,))))
+    assert len(cut) <= 65
+
+
+def test_an_image_that_breaks_its_decoder_is_that_requests_error(llama4: ModelFiles) -> None:
+    prepares = Preparation(llama4, facts_for(llama4, reads_images=True))
+    for data in (b"no image", picture((9, 9))[:40]):
+        with pytest.raises(ImageError, match="cannot be decoded"):
+            prepares.prepare(ask(ChatPrompt((user_message("what?", [data]),))))
+    assert prepares.prepare(ask(ChatPrompt((user_message("what?", [picture((9, 9))]),)))).request.images
+    prepares.close()
 
 
 @pytest.mark.parametrize("fault", [ValueError("odd"), MemoryError(), RecursionError("deep")], ids=repr)

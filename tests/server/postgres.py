@@ -5,6 +5,7 @@ It refuses to run as root, so that as root it runs as the user `postgres` (or `n
 
 from __future__ import annotations
 
+import atexit
 import os
 import pwd
 import secrets
@@ -12,7 +13,8 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 HOW_TO_GET_IT = "PostgreSQL is not installed: scripts/install_postgres.sh"
@@ -69,18 +71,25 @@ def running() -> Iterator[Postgres]:
         if user is not None:
             os.chown(folder, user.pw_uid, user.pw_gid)
         data, log = folder / "data", folder / "log"
-        _as(
-            user,
-            [where / "initdb", "-D", data, "-U", "tester", "-A", "trust", "-E", "UTF8", "--locale=C", "-N"],
-        )
+        flags = ["-U", "tester", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]
+        _as(user, [where / "initdb", "-D", data, *flags])
         options = f"-k {folder} -c listen_addresses= -c fsync=off -c max_connections=60"
-        _as(user, [where / "pg_ctl", "-D", data, "-l", log, "-w", "-t", "120", "-o", options, "start"])
+        start = ["-l", log, "-w", "-t", "120", "-o", options, "start"]
+        _as(user, [where / "pg_ctl", "-D", data, *start])
         try:
             yield Postgres(where, folder)
         finally:
             _as(user, [where / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop"])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@cache
+def shared() -> Postgres:
+    """One server for all tests of this process, started by the first that needs it."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(running())
 
 
 def _plain_user() -> pwd.struct_passwd | None:

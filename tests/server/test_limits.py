@@ -298,7 +298,7 @@ def served_by_user(
     return served
 
 
-@pytest.mark.parametrize("others", [1, 3, 7])
+@pytest.mark.parametrize("others", [1, 4, 7])
 def test_a_flooding_user_leaves_the_others_four_fifths_of_their_fair_share(others: int) -> None:
     """One user sends 10 times what can be served. Each of the others wants exactly its fair share."""
     capacity = 32 / 0.5
@@ -328,6 +328,13 @@ def test_the_share_of_tokens_is_fair_too() -> None:
     one.admit("greedy", None, tokens=90)
     assert "equal share" in str(refused(one, "greedy", tokens=100))
     one.admit("modest", None, tokens=400)
+
+
+def test_shares_leave_no_place_unused() -> None:
+    one = limiter(queue_requests=128)
+    for number in range(128):
+        one.admit(f"u{number % 50}", None, tokens=1)
+    assert one.held == 128
 
 
 def test_whoever_was_refused_finds_the_freed_place_still_free() -> None:

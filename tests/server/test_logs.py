@@ -187,7 +187,7 @@ def test_of_25_planted_secrets_none_is_seen_however_it_is_logged(set_up: SetUp, 
         log.error("got %r", {"body": said})
         log.info("with a field", extra={"detail": said})
         log.error("wrong %d", said)
-        log.error("long " + "x" * (logs.MOST_CHARACTERS - 10) + said)
+        log.error("x" * (logs.MOST_CHARACTERS - 10) + " " + said)
         try:
             raise ValueError(said)
         except ValueError:
@@ -207,7 +207,8 @@ def test_of_25_planted_secrets_none_is_seen_however_it_is_logged(set_up: SetUp, 
         thread.join()
     written = text()
     assert written.count(logs.REDACTED) > 25 * 8
-    assert [name for name, (_, secret) in texts.items() if secret in written] == []
+    seen = [line for line in written.splitlines() if any(secret in line for _, secret in texts.values())]
+    assert seen == []
 
 
 def _fail(said: str) -> None:
@@ -236,6 +237,7 @@ def test_fields_named_like_secrets_are_hidden(set_up: SetUp) -> None:
         "request 0123456789abcdef0123456789abcdef took 12 ms",
         "the password is wrong; a new key is needed; basic authentication",
         "postgresql://ayllu@db:5432/ayllu",
+        "/v1/conversations/{conversation_id}/messages/{message_id}",
         "日本語の記録 /v1/responses/{response_id}",
     ],
 )
@@ -390,7 +392,7 @@ def test_a_value_that_cannot_be_shown_loses_its_line_and_raises_nothing(set_up: 
     log.warning("%s", Hostile())
     log.warning("x", extra={"field": Hostile()})
     log.warning("still here", extra={"infinite": float("inf"), "none": None})
-    assert one_json(text())["event"] == "still here"
+    assert json.loads(text().splitlines()[0])["event"] == "still here"
     assert writer.dropped == 2
 
 

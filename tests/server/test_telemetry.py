@@ -45,7 +45,7 @@ class Collector:
                 pass
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
         self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -184,9 +184,7 @@ async def _closed(stream: Any) -> None:
     await stream.aclose()
 
 
-@pytest.mark.parametrize(
-    "header", ["", "nonsense", "00-zz-zz-01", f"00-{'0' * 32}-{PARENT}-01", "\x00" * 9999]
-)
+@pytest.mark.parametrize("header", ["", "nonsense", "00-zz-zz-01", f"00-{'0' * 32}-{PARENT}-01", "\x00" * 99])
 def test_a_bad_traceparent_starts_a_trace_of_its_own(collector: Collector, header: str) -> None:
     telemetry = traces(collector.address)
     with telemetry.request("BREW", {"traceparent": header}) as request:

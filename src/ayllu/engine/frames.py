@@ -1,4 +1,4 @@
-"""Messages between a process and the children that it may have to kill: JSON over pipes, each with its length."""
+"""Messages between a process and children that it may have to kill: over pipes, each with its length."""
 
 from __future__ import annotations
 

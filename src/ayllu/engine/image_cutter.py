@@ -13,8 +13,10 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,11 +27,14 @@ from ayllu.errors import EngineUnavailableError, ImageError, OverloadedError
 
 MAX_SECONDS = 10.0
 MAX_MEMORY_BYTES = 1 << 30
-"""What the largest image takes that is allowed (40 million pixels with transparency, 16-bit), and half again."""
+"""Half as much again as the largest image takes that is allowed: some 600 MB, three layers of 40 million
+pixels with transparency and one without."""
 
 MAX_CHILDREN = 2
 MAX_WAITING = 64
 START_SECONDS = 60.0
+
+Said = TypeVar("Said")
 
 
 class ImageCutter:
@@ -42,7 +47,8 @@ class ImageCutter:
     def __init__(self, *, seconds: float = MAX_SECONDS, memory_bytes: int = MAX_MEMORY_BYTES) -> None:
         self._seconds = seconds
         self._memory_bytes = memory_bytes
-        self._idle: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()
+        # The last to come back goes first, so that a second child starts only where two images meet.
+        self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()
         for _ in range(MAX_CHILDREN):
             self._idle.put(None)
         self._state = threading.Lock()
@@ -156,7 +162,7 @@ class _Child:
 
     def cut(self, data: bytes, config: ImageConfig, seconds: float) -> CutImage | None:
         """The image's tiles, None if the child died or had to be killed. Raises ImageError."""
-        said = self._within(seconds, lambda: self._cut(data, config))
+        said = self._within(seconds, partial(self._cut, data, config))
         if isinstance(said, ImageError):
             raise said
         return said
@@ -187,14 +193,15 @@ class _Child:
             write_bytes(self._process.stdin, data)
         return read_frame(self._process.stdout)
 
-    def _within(self, seconds: float, ask: Any) -> Any:
+    def _within(self, seconds: float, ask: Callable[[], Said | None]) -> Said | None:
         clock = threading.Timer(seconds, self._process.kill)
         clock.daemon = True
         clock.start()
+        answer = None
         try:
             answer = ask()
         except (OSError, ValueError, KeyError, TypeError):  # a broken pipe, or words that nobody agreed on
-            answer = None
+            pass
         finally:
             clock.cancel()
         if answer is None:

@@ -19,7 +19,7 @@ from ayllu.errors import ImageError
 MAX_TILE_BYTES = 1 << 28
 
 
-def write_bytes(stream: IO[bytes], data: bytes | memoryview) -> None:
+def write_bytes(stream: IO[bytes], data: bytes) -> None:
     """Send bytes whose number the frame before has told."""
     stream.write(data)
     stream.flush()
@@ -34,7 +34,7 @@ def read_bytes(stream: IO[bytes], count: int, limit: int) -> bytes | None:
 
 
 def _limit(memory_bytes: int) -> None:
-    """Memory beyond what is in use now, where the system has such a limit. The cutter's clock is the other."""
+    """Allow this much beyond what is in use now, where the system can. The cutter's clock limits the time."""
     try:
         mapped = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
         import resource
@@ -79,7 +79,7 @@ def main() -> None:
         said, cut = _verdict(data, ImageConfig(**request["config"]))
         write_frame(answers, said)
         if cut is not None:
-            write_bytes(answers, memoryview(cut.tiles).cast("B"))
+            write_bytes(answers, cut.tiles.tobytes())
 
 
 if __name__ == "__main__":

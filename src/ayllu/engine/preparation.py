@@ -192,7 +192,7 @@ class Preparation:
                     # Many small images make much of little: what cannot fit is not cut to the end first.
                     if patches > self._facts.context:
                         raise ContextOverflowError(
-                            f"The images alone have more tokens than the context holds, {self._facts.context}.",
+                            f"The images alone have more tokens than the context of {self._facts.context}.",
                             "Send fewer or smaller images, or raise --context.",
                         )
                     part = dataclasses.replace(part, tiled=tiled)

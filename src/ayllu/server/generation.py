@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -57,7 +57,8 @@ class Generation:
             self._pending.append((part, event))
             if not self._notified:
                 self._notified = True
-                self._loop.call_soon_threadsafe(self._wake)
+                with suppress(RuntimeError):  # the loop has ended, and with it whoever would read this
+                    self._loop.call_soon_threadsafe(self._wake)
 
         return deliver
 

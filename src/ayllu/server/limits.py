@@ -338,11 +338,10 @@ class Limiter:
         """Equal shares bind once the queue is more than half full."""
         limits = self.limits
         if self.held + places > limits.queue_requests // 2:
-            share = max(1, limits.queue_requests // active)
-            if account.held + places > share:
+            if account.held + places > math.ceil(limits.queue_requests / active):
                 return False
         if self.held_tokens + tokens > limits.queue_tokens // 2:
-            return account.held_tokens + tokens <= limits.queue_tokens // active
+            return account.held_tokens + tokens <= math.ceil(limits.queue_tokens / active)
         return True
 
     def _active(self, user_id: str, now: float) -> int:

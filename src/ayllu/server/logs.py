@@ -45,8 +45,8 @@ _NAMES_OF_SECRETS = (
     r"api[_-]?key|apikey|password|passwd|passphrase|pwd|secret|secret[_-]?key|access[_-]?key"
     r"|private[_-]?key|token|credentials?|session[_-]?id|csrf"
 )
-# A string is cut off where it has no end: then all of it is the value.
-_VALUE = r"""[bru]{0,2}(?:"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)|[^\s"']\S*)"""
+# A string, in which quotes may be escaped as often as it was quoted; one without an end is all value.
+_VALUE = r"""[bru]{0,2}(?:(\\{0,8}["'])(?s:(?!(?<!\\)\2).)*(?:\2|\Z)|\S+)"""
 _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), replacement)
     for pattern, replacement in (
@@ -60,9 +60,12 @@ _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         ),
         (r"\b(bearer)\s{1,8}[a-z0-9._~+/=:-]{6,}", rf"\1 {REDACTED}"),
         (r"\b(basic)\s{1,8}(?-i:(?=[a-z+/]*[A-Z0-9=])[A-Za-z0-9+/]{6,}={0,2})", rf"\1 {REDACTED}"),
-        (rf"((?:{_NAMES_OF_SECRETS})[\"']?\s{{0,8}}(?:[:=]|=>|%3d)\s{{0,8}}){_VALUE}", rf"\1{REDACTED}"),
+        (
+            rf"((?:{_NAMES_OF_SECRETS})\\{{0,8}}[\"']?\s{{0,8}}(?:[:=]|=>|%3d)\s{{0,8}}){_VALUE}",
+            rf"\1{REDACTED}",
+        ),
         # As headers are often shown: (b'x-api-key', b'...').
-        (rf"((?:{_NAMES_OF_SECRETS})[\"'],\s{{0,8}}){_VALUE}", rf"\1{REDACTED}"),
+        (rf"((?:{_NAMES_OF_SECRETS})\\{{0,8}}[\"'],\s{{0,8}}){_VALUE}", rf"\1{REDACTED}"),
         (
             r"([?&#](?:code|state|key|sig|signature|nonce)=)[^\s&#\"'<>]+",
             rf"\1{REDACTED}",
@@ -78,6 +81,9 @@ _RANDOM = re.compile(
     r"(?<![\w-])(?=[\w-]{0,200}[0-9])(?=[\w-]{0,200}[a-z])(?=[\w-]{0,200}[A-Z])[\w-]{40,}", re.ASCII
 )
 """What an unnamed key or token looks like: long, of digits, small and capital letters. A hash does not."""
+
+_HARMLESS = re.compile(r"[A-Za-z0-9_./{}-]{0,18}|[0-9a-f]{32}|/[a-z0-9_{}/]{1,64}")
+"""Words, addresses, ids and routes, which none of the above would change: most of what is logged."""
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _PLAIN = re.compile(r"[\w.:/@+{}-]+")
@@ -97,6 +103,8 @@ class Redactor:
         text = text[: 2 * limit]
         if self._known is not None:
             text = self._known.sub(REDACTED, text)
+        if _HARMLESS.fullmatch(text):
+            return text
         for pattern, replacement in _SECRETS:
             text = pattern.sub(replacement, text)
         text = _RANDOM.sub(REDACTED, text)

@@ -1,8 +1,9 @@
 """Sign-in by an OpenID Connect provider: authorization code with PKCE, and a strict look at what comes back.
 
-What a browser brings back is worth nothing by itself: the cookie names a sign-in that was begun here, once and
-for ten minutes; the code is exchanged with the provider itself; the id token must be signed by one of its keys,
-for this server, now, for this sign-in. Keys are public-key ones only, as with others a public key would sign.
+What a browser brings back is worth nothing by itself: the cookie names a sign-in that was begun here, once
+and for ten minutes; the code is exchanged with the provider itself; the id token must be signed by one of its
+keys, for this server, now, for this sign-in. Only public-key algorithms count: HS256 would take a public key
+for a secret.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _CHECK = "Check oidc_issuer, and that the provider is reachable from here."
 
 @dataclass(frozen=True, kw_only=True)
 class OidcIdentity:
-    """Whom the provider vouches for. (issuer, subject) is who it is; the rest may change, or be chosen by them."""
+    """Whom the provider vouches for. Issuer and subject say who it is; the rest may change, or be made up."""
 
     issuer: str
     subject: str
@@ -84,7 +85,7 @@ class _Provider:
 
 
 class Oidc:
-    """One provider. Sign-ins that are under way are kept in this process: the browser must come back to it."""
+    """One provider. Sign-ins under way are kept in this process, so the browser must come back to it."""
 
     def __init__(
         self,
@@ -147,7 +148,7 @@ class Oidc:
     async def finish(self, params: Mapping[str, str], cookie: str) -> OidcIdentity:
         """Who has come back, by the parameters of the callback and the cookie of `start`; works once.
 
-        Raises SignInError for whatever is not as it should be, SourceError where the provider does not answer.
+        Raises SignInError for what is not as it should be, SourceError where the provider does not answer.
         """
         pending = self._pending.pop(_digest(cookie), None)
         if pending is None or pending.expires_at <= self._now():
@@ -416,7 +417,7 @@ def _same(shown: object, expected: str) -> bool:
 
 
 def _digest(cookie: str) -> str:
-    """By which a cookie is found: a lookup by the cookie itself could tell by its time how much of it is right."""
+    """By which a cookie is found: the time of a lookup by the cookie itself could tell something of it."""
     return hashlib.sha256(cookie.encode("utf-8", "replace")).hexdigest()
 
 

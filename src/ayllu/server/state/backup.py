@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 from sqlalchemy import Connection, MetaData, Table, delete, insert, select
 from sqlalchemy.exc import DBAPIError
@@ -85,10 +85,10 @@ def write(engines: Engines, target: Path) -> Manifest:
     Raises ConflictError for a file that is there already, NoSpaceError, StateError.
     """
     with (
-        _new_file(target) as file,
+        _new_file(target) as partial,
         _database_errors(engines),
         engines.reading.connect() as connection,
-        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
     ):
         revision = schema.revision_of(connection)
         if revision is None:
@@ -137,13 +137,14 @@ def restore(
 
 def copy_sqlite(engines: Engines, target: Path) -> None:
     """Copy a SQLite database page by page: of any schema, quickly, hot. Raises NoSpaceError, StateError."""
-    with _new_file(target) as file, _database_errors(engines):
-        with (
-            contextlib.closing(sqlite3.connect(str(engines.url.database))) as origin,
-            contextlib.closing(sqlite3.connect(file.name)) as copy,
-        ):
-            origin.backup(copy)
-            copy.execute("PRAGMA journal_mode = DELETE")
+    with (
+        _new_file(target) as partial,
+        _database_errors(engines),
+        contextlib.closing(sqlite3.connect(str(engines.url.database))) as origin,
+        contextlib.closing(sqlite3.connect(partial)) as copy,
+    ):
+        origin.backup(copy)
+        copy.execute("PRAGMA journal_mode = DELETE")
 
 
 def _restore_copy(
@@ -342,21 +343,18 @@ def _scratch(beside: Path) -> Iterator[Engines]:
 
 
 @contextlib.contextmanager
-def _new_file(target: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name when it is whole and on the disk."""
+def _new_file(target: Path) -> Iterator[Path]:
+    """A file, nobody else's to read, that gets its name when it is whole and on the disk."""
     if target.exists():
         raise ConflictError(f"{target} is there already.", "Choose another name.")
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w+b") as raw:
-            # Through a name, since SQLite wants one.
-            with partial.open("r+b") as file:
-                yield file
-                file.flush()
-            os.fsync(raw.fileno())
+        os.close(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        yield partial
+        _sync(partial)
         partial.replace(target)
-        _sync_folder(target.parent)
+        _sync(target.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise NoSpaceError(f"{target.parent} has no room for the backup.", "Free some space.") from error
@@ -368,8 +366,8 @@ def _new_file(target: Path) -> Iterator[BinaryIO]:
             partial.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -97,7 +97,7 @@ def upgrade(connection: Connection, revision: str, scripts: Path = MIGRATIONS) -
 def _require_known(found: str | None, revisions: tuple[str, ...], engines: Engines) -> None:
     if found is not None and found not in revisions:
         raise StateError(
-            f"The database has schema {found!r}, which is newer than this program ({shown_url(engines.url)}).",
+            f"The database ({shown_url(engines.url)}) has schema {found!r}, newer than this program.",
             "Use the newer ayllu, or restore a backup of before.",
         )
 

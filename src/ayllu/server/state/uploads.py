@@ -66,7 +66,7 @@ def create(
         size += len(data)
         sum_of_all.update(data)
     db.execute(update(_T).where(_T.c.id == upload_id).values(size_bytes=size, sha256=sum_of_all.hexdigest()))
-    return get(db, upload_id, user_id)
+    return _upload_of(db.execute(select(*_COLUMNS).where(_T.c.id == upload_id)).one())
 
 
 def get(db: Db, upload_id: str, user_id: str) -> StoredUpload:
