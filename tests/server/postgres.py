@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+ROOM_BYTES = 2 << 30
 HOW_TO_GET_IT = "PostgreSQL is not installed: scripts/install_postgres.sh"
 
 
@@ -65,7 +66,7 @@ def running() -> Iterator[Postgres]:
     where = programs()
     if where is None:
         raise RuntimeError(HOW_TO_GET_IT)
-    folder = Path(tempfile.mkdtemp(prefix="ayllu-pg-", dir="/tmp"))  # a socket's path must be short
+    folder = Path(tempfile.mkdtemp(prefix="ayllu-pg-", dir=_quick_disk()))
     user = _plain_user()
     try:
         if user is not None:
@@ -90,6 +91,12 @@ def shared() -> Postgres:
     stack = ExitStack()
     atexit.register(stack.close)
     return stack.enter_context(running())
+
+
+def _quick_disk() -> str:
+    """Memory, where there is enough of it. A short path in any case: it is a socket's."""
+    memory = Path("/dev/shm")
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > ROOM_BYTES else "/tmp"
 
 
 def _plain_user() -> pwd.struct_passwd | None:

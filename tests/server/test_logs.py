@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import secrets
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +18,9 @@ from typing import Any
 import pytest
 
 from ayllu.server import logs
-from ayllu.server.logs import LogWriter, Redactor, ServerLog, request_context, set_up_logging
+from ayllu.server.logs import LogWriter, Redactor, ServerLog, request_context, secrets_of, set_up_logging
 from ayllu.server.state.records import Key, User
+from ayllu.settings import Settings
 
 SetUp = Callable[..., tuple[LogWriter, Callable[[], str]]]
 
@@ -221,6 +224,13 @@ def test_secrets_that_the_server_was_told_of_are_hidden_wherever_they_stand(set_
     assert one_json(text())["event"] == "it is [redacted], x"
 
 
+def test_the_secrets_of_the_settings_are_known_as_they_are_written_and_as_they_are_meant() -> None:
+    found = secrets_of(Settings(database="postgresql://u:p%40ss%20word@h/d", oidc_client_secret="shh-shh"))
+    assert {"p%40ss%20word", "p@ss word", "shh-shh"} <= set(found)
+    assert Redactor(found)("FATAL: p@ss word is wrong, shh-shh") == "FATAL: [redacted] is wrong, [redacted]"
+    assert secrets_of(Settings()) == []
+
+
 def test_fields_named_like_secrets_are_hidden(set_up: SetUp) -> None:
     _, text = set_up("json")
     logging.getLogger("ayllu").warning("set", extra={"client_secret": "short", "tokens": 12})
@@ -368,6 +378,25 @@ def test_a_closed_pipe_costs_lines_and_nothing_else(set_up: SetUp) -> None:
             logging.getLogger("ayllu").warning("lost")
         broken.close()
         assert broken.dropped == 10
+
+
+def test_a_program_ends_though_nobody_reads_its_log() -> None:
+    code = (
+        "import logging\n"
+        "from ayllu.server.logs import set_up_logging\n"
+        "set_up_logging('json')\n"
+        "for _ in range(1000):\n"
+        "    logging.getLogger('ayllu').warning('x' * 1000)\n"
+        "print('done')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as program:
+        try:
+            assert program.wait(60) == 0
+        finally:
+            program.kill()
+        assert program.stdout is not None and program.stdout.read() == b"done\n"
 
 
 def test_closing_writes_what_is_queued_and_is_idempotent() -> None:

@@ -116,6 +116,16 @@ def test_times_of_a_request_count_from_its_arrival() -> None:
     assert seen["request_params_max_tokens_bucket{le=100.0,model_name=tiny}"] == 1
 
 
+def test_waiting_before_the_engine_counts_where_the_arrival_is_told() -> None:
+    clock = Clock()
+    metrics = Metrics(clock)
+    arrived = clock.now
+    clock.now += 7  # as for a model that is loaded first
+    watch = metrics.started("tiny", params_n=1, params_max_tokens=None, arrived=arrived)
+    watch.event(TextDelta(0, "a", (1,)))
+    assert values(metrics)["time_to_first_token_seconds_sum{model_name=tiny}"] == pytest.approx(7)
+
+
 def test_tokens_are_exact_where_text_lags_behind_and_where_an_engine_tells_no_token_ids() -> None:
     clock = Clock()
     metrics = Metrics(clock)
@@ -264,7 +274,7 @@ def test_totals_never_fall_when_an_engine_starts_again_or_is_unloaded() -> None:
 
 def test_labels_are_bounded_whatever_comes() -> None:
     metrics = Metrics()
-    for number in range(2000):
+    for number in range(600):
         metrics.http(f"/made/up/{number}", f"METHOD{number}", 10_000 + number, 0.1)
         metrics.refused(f"because {number}")
         metrics.auth_failed(f"because {number}")
@@ -374,3 +384,10 @@ def test_the_dashboard_shows_what_an_operator_needs() -> None:
         assert panel["type"] == "row" or all(
             target["datasource"]["uid"] == "${datasource}" for target in panel["targets"]
         )
+
+
+def test_every_metric_is_described_in_the_docs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "observability.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`(\w+)`", text))
+    families = {re.sub("_(bucket|sum|count)$", "", name) for name in Metrics().names()}
+    assert {name.removeprefix("ayllu_") for name in families} <= told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +21,7 @@ def backup(
     from ayllu.settings import load_settings
 
     settings = load_settings()
-    moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    target = file or settings.data / BACKUPS / f"ayllu-{moment}.zip"
+    target = file or backups.new_name(settings.data / BACKUPS, "ayllu")
     database = Database.open(settings.database, settings.data, migrate=False)
     try:
         made = backups.write(database.engines, target)
@@ -49,8 +47,7 @@ def restore(
     database = Database.open(settings.database, settings.data)
     try:
         if force:
-            moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-            before = settings.data / BACKUPS / f"before-restore-{moment}.zip"
+            before = backups.new_name(settings.data / BACKUPS, "before-restore")
             backups.write(database.engines, before)
             typer.echo(f"What was there: {before}")
         made = backups.restore(database.engines, file, force=force)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ayllu import __version__
-from ayllu.cli import batch, chat, convert, models, serve, show
+from ayllu.cli import backup, batch, chat, config, convert, keys, models, serve, show, users
 from ayllu.cli.bench import command as bench
 from ayllu.errors import AylluError, UsageError
 
@@ -51,6 +51,11 @@ app.command("list", short_help="Show installed models and the catalogue.")(model
 app.command("show", short_help="Show what a model is and what it needs.")(show.show)
 app.command("remove")(models.remove)
 app.command("convert")(convert.convert)
+app.add_typer(users.app, name="users")
+app.add_typer(keys.app, name="keys")
+app.add_typer(config.app, name="config")
+app.command("backup")(backup.backup)
+app.command("restore")(backup.restore)
 app.command("bench", short_help="Measure speed here, beside other programs.")(bench.bench)
 
 

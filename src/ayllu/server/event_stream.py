@@ -6,9 +6,9 @@ A client that goes away ends what feeds the stream at once; one that stops readi
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from typing import Any
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
@@ -42,50 +42,47 @@ class EventStream(Response):
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._sent_at = time.monotonic()
+        self._is_sending = False
         writing = asyncio.ensure_future(self._write(send))
-        gone = asyncio.ensure_future(_disconnected(receive))
+        others = [asyncio.ensure_future(_disconnected(receive)), asyncio.ensure_future(self._watch(send))]
         try:
-            await asyncio.wait((writing, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((writing, *others), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            gone.cancel()
+            for other in others:
+                other.cancel()
             if not writing.done():
                 writing.cancel()
-            with suppress(asyncio.CancelledError, TimeoutError, OSError):
+            with suppress(asyncio.CancelledError, OSError):
                 await writing
+            await asyncio.wait(others)
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        waiting: asyncio.Future[Sequence[ServerEvent]] | None = None
         # aclosing: the generator's own clean-up must run now, not when the garbage collector comes.
         async with aclosing(self._events) as events:  # type: ignore[type-var]
-            try:
-                while True:
-                    waiting = waiting or asyncio.ensure_future(anext(events))
-                    if not waiting.done():
-                        await asyncio.wait((waiting,), timeout=KEEP_ALIVE_S)
-                    if not waiting.done():
-                        await _send(send, b": keep-alive\n\n")
-                        continue
-                    try:
-                        batch = waiting.result()
-                    except StopAsyncIteration:
-                        break
-                    finally:
-                        waiting = None
-                    if batch:
-                        await _send(send, b"".join([event.encoded() for event in batch]))
-            finally:
-                if waiting is not None:
-                    waiting.cancel()
-                    with suppress(asyncio.CancelledError, StopAsyncIteration):
-                        await waiting
+            async for batch in events:
+                if batch:
+                    await self._send(send, b"".join([event.encoded() for event in batch]))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _send(self, send: Send, data: bytes) -> None:
+        self._is_sending = True
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+        self._is_sending = False
+        self._sent_at = time.monotonic()
 
-async def _send(send: Send, data: bytes) -> None:
-    message: dict[str, Any] = {"type": "http.response.body", "body": data, "more_body": True}
-    async with asyncio.timeout(STALL_S):
-        await send(message)
+    async def _watch(self, send: Send) -> None:
+        """Returns when the client has left everything unread for too long; until then keeps the connection
+        alive. A clock of its own, as a time-out for every token would cost more than the token."""
+        while True:
+            await asyncio.sleep(min(KEEP_ALIVE_S, STALL_S) / 4)
+            silent_s = time.monotonic() - self._sent_at
+            if self._is_sending:
+                if silent_s > STALL_S:
+                    return
+            elif silent_s > KEEP_ALIVE_S * 3 / 4:
+                await self._send(send, b": keep-alive\n\n")
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -337,12 +337,11 @@ class Limiter:
     def _is_fair(self, account: _Account, places: int, tokens: int, active: int) -> bool:
         """Equal shares bind once the queue is more than half full."""
         limits = self.limits
-        if self.held + places > limits.queue_requests // 2:
-            if account.held + places > math.ceil(limits.queue_requests / active):
-                return False
-        if self.held_tokens + tokens > limits.queue_tokens // 2:
-            return account.held_tokens + tokens <= math.ceil(limits.queue_tokens / active)
-        return True
+        is_crowded = self.held + places > limits.queue_requests // 2
+        if is_crowded and account.held + places > math.ceil(limits.queue_requests / active):
+            return False
+        is_crowded = self.held_tokens + tokens > limits.queue_tokens // 2
+        return not is_crowded or account.held_tokens + tokens <= math.ceil(limits.queue_tokens / active)
 
     def _active(self, user_id: str, now: float) -> int:
         """How many users share the queue: who holds some of it, and who was refused and will come again."""

@@ -19,12 +19,13 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
+from urllib.parse import unquote, urlsplit
 
 from ayllu.errors import one_line
-from ayllu.settings import LogFormat
+from ayllu.settings import LogFormat, Settings
 
 if TYPE_CHECKING:
     from ayllu.server.access import Identity
@@ -82,7 +83,7 @@ _RANDOM = re.compile(
 )
 """What an unnamed key or token looks like: long, of digits, small and capital letters. A hash does not."""
 
-_HARMLESS = re.compile(r"[A-Za-z0-9_./{}-]{0,18}|[0-9a-f]{32}|/[a-z0-9_{}/]{1,64}")
+_HARMLESS = re.compile(r"[A-Za-z0-9_./{}-]{0,18}|[0-9a-f]{32}|(?:/[a-z0-9_{}]{0,18}){1,16}")
 """Words, addresses, ids and routes, which none of the above would change: most of what is logged."""
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -288,10 +289,10 @@ def _taken_apart(record: logging.LogRecord) -> _Line:
     trace = None
     if record.exc_info and record.exc_info[0] is not None:
         trace = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
-    fields = {name: value for name, value in vars(record).items() if name not in _STANDARD}
+    extra = {name: value for name, value in vars(record).items() if name not in _STANDARD}
     if (current := request_id.get()) is not None:
-        fields.setdefault("request_id", current)
-    shown = {name: _fixed(value) for name, value in fields.items()}
+        extra.setdefault("request_id", current)
+    shown = {name: _fixed(value) for name, value in extra.items()}
     return _Line(record.created, record.levelname, record.name, event, shown, trace)
 
 
@@ -316,7 +317,7 @@ class ServerLog:
     ) -> None:
         """One line for a request that has ended. route: the template, which names no object."""
         key = None if identity is None else identity.key
-        fields: dict[str, Any] = {
+        told: dict[str, Any] = {
             "request_id": request_id,
             "method": method,
             "route": route,
@@ -329,8 +330,18 @@ class ServerLog:
         }
         level = logging.ERROR if status >= 500 else logging.INFO
         _access.log(
-            level, "request", extra={name: value for name, value in fields.items() if value is not None}
+            level, "request", extra={name: value for name, value in told.items() if value is not None}
         )
+
+
+def secrets_of(settings: Settings) -> list[str]:
+    """Values of secret settings, and passwords in addresses, as they are written and as they are meant."""
+    found = [str(getattr(settings, one.name) or "") for one in fields(settings) if one.metadata.get("secret")]
+    for value in [*found]:
+        with contextlib.suppress(ValueError):
+            written = urlsplit(value).password or ""
+            found += [written, unquote(written)]
+    return [value for value in found if value]
 
 
 def lines_dropped() -> int:

@@ -439,14 +439,17 @@ class Metrics:
             )
         return children
 
-    def started(self, model: str, *, params_n: int, params_max_tokens: int | None) -> Watch:
-        """A request for `model`, an installed one, has arrived now."""
+    def started(
+        self, model: str, *, params_n: int, params_max_tokens: int | None, arrived: float | None = None
+    ) -> Watch:
+        """A request for `model`, an installed one. arrived: when, by the clock (None: now)."""
         model = self._model_label(model)
         of = self._of(model)
         of.answers.observe(params_n)
         if params_max_tokens is not None:
             of.limits.observe(params_max_tokens)
-        return Watch(of, self._failures, model, self._clock, self._clock(), params_n)
+        arrived = self._clock() if arrived is None else arrived
+        return Watch(of, self._failures, model, self._clock, arrived, params_n)
 
     def http(self, handler: str, method: str, status: int, seconds: float) -> None:
         """A request was answered. handler: the template of its route."""

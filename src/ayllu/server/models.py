@@ -7,16 +7,14 @@ is shared by all who wait for it, and survives them. What fails to load is not t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ayllu.engine.memory_plan import size_text
 from ayllu.engine.native import open_engine
 from ayllu.engine.options import EngineOptions
 from ayllu.engine.protocol import Engine
@@ -24,12 +22,11 @@ from ayllu.errors import (
     AylluError,
     ConflictError,
     EngineUnavailableError,
-    NoSpaceError,
-    OverloadedError,
     UsageError,
 )
-from ayllu.server.model_memory import FIXED_BYTES, Estimate, MemoryEstimate, Needs
+from ayllu.server.model_memory import FIXED_BYTES, Estimate, MemoryEstimate
 from ayllu.server.model_names import KnownModel, ModelNames, ResolvedModel
+from ayllu.server.model_room import MemoryRoom, RoomError
 from ayllu.server.model_slot import (
     LoadAbortedError,
     Loading,
@@ -45,13 +42,10 @@ from ayllu.weights.store import Store
 
 __all__ = ["Lease", "ModelPool", "ModelStatus", "ResolvedModel"]
 
-ROOM_WAIT_S = 30.0
-"""Seconds that a load waits for models in use to come free."""
-
 CLOSE_WAIT_S = 10.0
 """Seconds that `close` waits for a load to notice."""
 
-TICK_S = 1.0
+TICK_S, SHORTEST_TICK_S = 1.0, 0.1
 """Seconds between looks at what is idle and what is down."""
 
 _log = logging.getLogger("ayllu.server")
@@ -111,14 +105,12 @@ class ModelPool:
         estimate: Estimate | None = None,
     ) -> None:
         self.keep_alive_s = keep_alive_s
-        self.budget_bytes = budget_bytes
-        self.room_wait_s = ROOM_WAIT_S
         self._names = ModelNames(store, default_model, pinned)
-        self._options = options
         self._opener = opener
-        self._estimate = estimate or MemoryEstimate()
         self._slots: dict[str, Slot] = {}
-        self._changed = asyncio.Event()
+        self._room = MemoryRoom(
+            budget_bytes, self._slots, options, estimate or MemoryEstimate(), self._begin_closing
+        )
         self._keeper: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -129,12 +121,17 @@ class ModelPool:
         return self._names.default
 
     @property
+    def budget_bytes(self) -> int:
+        """Memory that all models may take together."""
+        return self._room.budget_bytes
+
+    @property
     def reserved_bytes(self) -> int:
-        """What is taken of the budget."""
-        return sum(slot.reserved for slot in self._slots.values())
+        """What is taken of it."""
+        return self._room.reserved_bytes
 
     def resolve(self, name: str | None) -> ResolvedModel:
-        """What `name` means; loads nothing. Raises UnknownModelError, or UsageError where a name is needed."""
+        """What `name` means; loads nothing. Raises UnknownModelError; UsageError where a name is needed."""
         return self._names.resolve(name)
 
     def set_adapters(self, adapters: Mapping[str, tuple[str, Path]]) -> None:
@@ -176,7 +173,7 @@ class ModelPool:
             slot.touch()
             if slot.is_idle and self.keep_alive_s == 0:
                 self._begin_closing(slot)
-            self._announce()
+            self._room.announce()
 
     async def load(self, name: str) -> None:
         """Have the model in memory. Raises as `lease`."""
@@ -200,7 +197,7 @@ class ModelPool:
         slot.failures.forget()
         if slot.load is not None and slot.loading is not None:
             slot.loading.abort()
-            self._announce()
+            self._room.announce()
             await _settled((slot.load,), CLOSE_WAIT_S)
         self._begin_closing(slot)
         if slot.closing is not None:
@@ -209,10 +206,10 @@ class ModelPool:
     async def close(self) -> None:
         """End everything, loads included, and wait for it. Idempotent."""
         self._closed = True
-        self._announce()
         for slot in self._slots.values():
             if slot.loading is not None:
                 slot.loading.abort()
+        self._room.announce()
         if self._keeper is not None:
             self._keeper.cancel()
         await _settled((slot.load for slot in self._slots.values()), CLOSE_WAIT_S)
@@ -240,6 +237,7 @@ class ModelPool:
             # Whoever waits may leave: the load goes on for the others, and for the next one.
             error = await asyncio.shield(slot.load)
             if error is not None:
+                slot.failures.require_none()
                 raise twin(error)
 
     async def _load(self, slot: Slot) -> AylluError | None:
@@ -249,16 +247,17 @@ class ModelPool:
             model = self._names.find(slot.name)
             if model is None:
                 return EngineUnavailableError(f"{slot.name} was removed.", "Choose another model.")
-            options = await self._make_room(slot, model)
+            options = await self._room.take(slot, model)
             engine = await in_daemon_thread(slot.loading.open, self._opener, model.path, options, slot.name)
             self._take_in(slot, engine)
-            await self._correct(slot)
+            await self._room.correct(slot)
             if slot.licence is None and model.licence == UNKNOWN_LICENCE:
-                slot.licence = await asyncio.to_thread(stated_licence, model.path)
+                with suppress(OSError):
+                    slot.licence = await asyncio.to_thread(stated_licence, model.path)
             return None
         except LoadAbortedError:
             return EngineUnavailableError(f"Loading {slot.name} was stopped.", "Ask again to load it.")
-        except _RoomError as refusal:
+        except RoomError as refusal:
             return refusal.error
         except Exception as error:
             failure = load_error(slot.name, error)
@@ -269,7 +268,7 @@ class ModelPool:
             if slot.engine is None and slot.closing is None:
                 slot.reserved = 0
             slot.touch()
-            self._announce()
+            self._room.announce()
 
     def _take_in(self, slot: Slot, engine: Engine) -> None:
         slot.engine, slot.info, slot.adapters = engine, engine.info, {}
@@ -277,120 +276,6 @@ class ModelPool:
         slot.failures.error = None
         if self._closed:
             self._begin_closing(slot)
-
-    async def _make_room(self, slot: Slot, model: KnownModel) -> EngineOptions:
-        """Take the bytes that the model needs out of the budget; the options to open it with.
-
-        Nobody else runs between a look at the budget and what follows from it. Raises _RoomError.
-        """
-        needs = await self._needs(slot, model, self.budget_bytes)
-        slot.needs_bytes = needs.total_bytes
-        if needs.total_bytes > self.budget_bytes:
-            raise _RoomError(
-                NoSpaceError(
-                    f"{slot.name} needs {size_text(needs.total_bytes)} of memory; the server's models may "
-                    f"take {size_text(self.budget_bytes)}.",
-                    "Raise the server's memory, or use a smaller model.",
-                )
-            )
-        smaller: Needs | None = None
-        until = time.monotonic() + self.room_wait_s
-        while True:
-            if slot.loading is not None:
-                slot.loading.require_wanted()
-            for choice in (needs, smaller):
-                if choice is not None and self.reserved_bytes + choice.total_bytes <= self.budget_bytes:
-                    slot.reserved = choice.total_bytes
-                    return choice.options
-            changed = self._changed
-            in_use = self._in_use_bytes(slot)
-            left = self.budget_bytes - in_use
-            if needs.total_bytes <= left:
-                self._evict(self.reserved_bytes + needs.total_bytes - self.budget_bytes)
-            elif smaller is not None and smaller.total_bytes <= left:
-                self._evict(self.reserved_bytes + smaller.total_bytes - self.budget_bytes)
-            else:
-                smaller = await self._fewer_slots(slot, model, needs, left)
-                if smaller is not None and smaller.total_bytes <= self.budget_bytes - self._in_use_bytes(
-                    slot
-                ):
-                    continue
-            if time.monotonic() >= until:
-                raise _RoomError(self._no_room(slot, needs))
-            await _first_change(changed, until - time.monotonic())
-
-    async def _needs(self, slot: Slot, model: KnownModel, available_bytes: int) -> Needs:
-        try:
-            return await asyncio.to_thread(
-                self._estimate,
-                model.path,
-                self._options(slot.name),
-                available_bytes=available_bytes,
-                model_name=slot.name,
-            )
-        except NoSpaceError as error:
-            raise _RoomError(error) from error
-
-    async def _fewer_slots(self, slot: Slot, model: KnownModel, needs: Needs, left: int) -> Needs | None:
-        """What it needs where it shall fit beside those in use: no shorter context, but fewer at a time."""
-        if left <= 0:
-            return None
-        try:
-            smaller = await self._needs(slot, model, left)
-        except _RoomError:
-            return None
-        return smaller if smaller.context == needs.context and smaller.total_bytes <= left else None
-
-    def _in_use_bytes(self, besides: Slot) -> int:
-        """What cannot be had by unloading: engines in use, and loads under way."""
-        return sum(
-            slot.reserved
-            for slot in self._slots.values()
-            if slot is not besides and slot.closing is None and not slot.is_idle
-        )
-
-    def _evict(self, missing: int) -> None:
-        """Begin to close idle models, longest unused first, until so many bytes will be free."""
-        missing -= sum(slot.reserved for slot in self._slots.values() if slot.closing is not None)
-        idle = sorted((s for s in self._slots.values() if s.is_idle), key=lambda s: s.idle_since)
-        for slot in idle:
-            if missing <= 0:
-                return
-            missing -= slot.reserved
-            self._begin_closing(slot)
-
-    def _no_room(self, slot: Slot, needs: Needs) -> OverloadedError:
-        users = ", ".join(
-            f"{other.name} ({size_text(other.reserved)})"
-            for other in self._slots.values()
-            if other is not slot and other.reserved
-        )
-        free = self.budget_bytes - self.reserved_bytes
-        return OverloadedError(
-            f"{slot.name} needs {size_text(needs.total_bytes)} of memory; {size_text(free)} of "
-            f"{size_text(self.budget_bytes)} is free, the rest is in use by {users}.",
-            "Try again later, or raise the server's memory.",
-            retry_after_s=ROOM_WAIT_S,
-        )
-
-    async def _correct(self, slot: Slot) -> None:
-        """Reserve what the engine says it takes. Raises NoSpaceError, and closes it, when that is too much."""
-        total = _total_bytes(slot)
-        if total is None:
-            return
-        slot.needs_bytes = total
-        while (missing := self.reserved_bytes - slot.reserved + total - self.budget_bytes) > 0:
-            changed = self._changed
-            self._evict(missing)
-            if not any(other.closing for other in self._slots.values()):
-                self._begin_closing(slot)
-                raise NoSpaceError(
-                    f"{slot.name} takes {size_text(total)} of memory, {size_text(missing)} more than there is.",
-                    "Raise the server's memory, or lower its slots or context.",
-                )
-            await _first_change(changed, self.room_wait_s)
-        if slot.engine is not None:
-            slot.reserved = total
 
     def _note_down(self, slot: Slot) -> None:
         """An engine that stays down is a failure like one while loading."""
@@ -416,7 +301,7 @@ class ModelPool:
             _log.exception("closing the engine of %s failed", slot.name)
         finally:
             slot.reserved, slot.closing = 0, None
-            self._announce()
+            self._room.announce()
 
     async def _load_adapter(self, slot: Slot, engine: Engine, name: str, folder: Path) -> None:
         """Once in an engine's life, unless the adapter has another folder since."""
@@ -453,20 +338,13 @@ class ModelPool:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.warning("an adapter could not be changed: %s", error)
 
-    def _announce(self) -> None:
-        """Wake whoever waits for room."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
     def _keep_house(self) -> None:
         if self._keeper is None:
             self._keeper = asyncio.create_task(self._unload_idle())
 
     async def _unload_idle(self) -> None:
         while True:
-            await asyncio.sleep(
-                min(TICK_S, max(self.keep_alive_s / 2, 0.02) if self.keep_alive_s else TICK_S)
-            )
+            await asyncio.sleep(min(TICK_S, max(self.keep_alive_s / 2, SHORTEST_TICK_S)))
             now = time.monotonic()
             for slot in self._slots.values():
                 if slot.is_down:
@@ -503,28 +381,8 @@ class ModelPool:
         )
 
 
-class _RoomError(Exception):
-    """There is no room: nothing was tried, so nothing is remembered of it."""
-
-    def __init__(self, error: AylluError) -> None:
-        self.error = error
-        super().__init__(error)
-
-
 def _has_adapter(slot: Slot, engine: Engine, name: str, folder: Path) -> bool:
     return slot.engine is engine and slot.adapters.get(name) == folder and name in engine.adapters()
-
-
-def _total_bytes(slot: Slot) -> int | None:
-    """What the engine says it takes of this machine's memory; of a GPU's, nothing here."""
-    facts = {} if slot.info is None else slot.info.facts
-    total = facts.get("total_bytes")
-    return None if total is None or str(facts.get("device", "")).startswith("cuda") else int(total)
-
-
-async def _first_change(changed: asyncio.Event, within_s: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(changed.wait(), max(within_s, 0.0))
 
 
 async def _settled(tasks: Iterable[asyncio.Task[Any] | None], within_s: float) -> None:

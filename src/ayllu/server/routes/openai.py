@@ -7,6 +7,7 @@ from functools import partial
 
 from fastapi import Request, Response
 
+from ayllu.engine.native import NativeEngine
 from ayllu.engine.openai.fields import ChatBody, CompletionBody, EmbeddingBody
 from ayllu.engine.openai.requests import GenerateCall, chat_call, completion_call, embedding_call
 from ayllu.engine.openai.results import embeddings_body
@@ -104,3 +105,25 @@ async def detokenize(request: Request) -> Response:
 def _model(body: dict[str, object]) -> str | None:
     model = body.get("model")
     return model if isinstance(model, str) else None
+
+
+@router.get("/tokenizer_info", response_class=Response)
+@INFERENCE
+async def tokenizer_info(request: Request, model: str | None = None) -> Response:
+    """The model's control tokens by name, as lm-eval asks for them (vLLM's address)."""
+    services = services_of(request)
+    async with services.models.lease(model) as lease:
+        engine = lease.engine
+        if not isinstance(engine, NativeEngine):
+            raise UnsupportedError(f"{lease.name} runs on another server.", "Ask that server.")
+        tokenizer = engine.files.tokenizer
+        ends = sorted(engine.files.stop_ids)
+        return JsonReply(
+            {
+                "tokenizer_class": type(tokenizer).__name__,
+                "bos_token": None if tokenizer.bos_id is None else engine.text_of([tokenizer.bos_id]),
+                "eos_token": engine.text_of(ends[:1]) if ends else None,
+                "pad_token": None,
+                "chat_template": None,
+            }
+        )

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -77,6 +78,13 @@ class _Rows:
     table: str
     columns: tuple[str, ...]
     values: Iterable[list[Any]]
+
+
+def new_name(folder: Path, name: str, suffix: str = ".zip") -> Path:
+    """A name for a backup of this moment, that no file has."""
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(path for one in names if not (path := folder / f"{one}{suffix}").exists())
 
 
 def write(engines: Engines, target: Path) -> Manifest:

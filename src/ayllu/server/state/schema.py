@@ -5,7 +5,6 @@ Alembic is loaded only where something is to be done, so that a start with the n
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from sqlalchemy import Connection, inspect, select, table, text
@@ -117,9 +116,10 @@ def _back_up(engines: Engines, folder: Path, revision: str) -> None:
     """What is there is copied first. The writer's lock is ours, so nothing is written meanwhile."""
     from ayllu.server.state import backup
 
-    moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    target = folder / BACKUPS / f"before-migration-of-{revision}-{moment}"
-    if engines.url.get_backend_name() == "sqlite":
-        backup.copy_sqlite(engines, target.with_suffix(".db"))
+    is_file = engines.url.get_backend_name() == "sqlite"
+    name = f"before-migration-of-{revision}"
+    target = backup.new_name(folder / BACKUPS, name, ".db" if is_file else ".zip")
+    if is_file:
+        backup.copy_sqlite(engines, target)
     else:
-        backup.write(engines, target.with_suffix(".zip"))
+        backup.write(engines, target)
