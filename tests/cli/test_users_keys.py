@@ -1,4 +1,4 @@
-"""`ayllu users` and `ayllu keys`: what they change is in the database and in the audit log, and no secret leaks."""
+"""`ayllu users` and `ayllu keys`: changes reach the database and the audit log, and no secret leaks."""
 
 from __future__ import annotations
 

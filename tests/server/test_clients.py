@@ -27,7 +27,7 @@ def server(
 ) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("server")
     vision = llama4_folder(folder / "sees")
-    with served_process(folder, [TEXT, EMBEDDING, vision], settings={**PLENTY, "context": 2048}) as running:
+    with served_process(folder, [TEXT, EMBEDDING, vision], settings=PLENTY) as running:
         yield running
 
 

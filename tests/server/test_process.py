@@ -117,7 +117,7 @@ def test_kill_9_of_the_server_loses_nothing_that_was_acknowledged(tmp_path: Path
         conversation = client.post("/api/conversations", json={"title": "kept"}).json()
         begun = client.post(
             f"/api/conversations/{conversation['id']}/runs",
-            json={"content": "Count to a thousand.", "max_output_tokens": 4000},
+            json={"content": "Count to a thousand.", "max_output_tokens": 4000, "temperature": 2.0},
         ).json()
         database = Database.open(None, tmp_path)
         owner = database.now(lambda db: users.listed(db))[0].id

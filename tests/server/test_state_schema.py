@@ -122,6 +122,27 @@ def test_a_migration_keeps_what_is_there_and_backs_it_up_first(
     other.close()
 
 
+def test_an_old_backup_is_migrated_on_its_way_into_a_newer_database(
+    url: str | None, tmp_path: Path, later: Path
+) -> None:
+    from ayllu.server.state.backup import copy_sqlite, restore, write
+
+    filled(None, tmp_path / "old")
+    old = open_engines(None, tmp_path / "old")
+    write(old, tmp_path / "x.zip")
+    copy_sqlite(old, tmp_path / "x.db")
+    old.dispose()
+    engines = open_engines(url, tmp_path / "data")
+    schema.bring_up_to_date(engines, tmp_path / "data", scripts=later, revisions=TWO)
+    for name in ("x.zip", "x.db"):
+        restore(engines, tmp_path / name, force=True, scripts=later, revisions=TWO)
+        assert state_of(engines) == NEW
+        with engines.writing.begin() as connection:
+            connection.execute(text("DELETE FROM users"))
+    engines.dispose()
+    assert not [*tmp_path.glob(".ayllu-restore-*")]
+
+
 def test_an_empty_database_needs_no_backup(url: str | None, tmp_path: Path, later: Path) -> None:
     Database.open(url, tmp_path).close()
     engines = open_engines(url, tmp_path)

@@ -14,8 +14,8 @@ import typer
 from ayllu.cli.engine_flags import (
     CacheType,
     Device,
-    Dtype,
     Draft,
+    Dtype,
     Experts,
     Runner,
     Speculate,
@@ -113,7 +113,7 @@ def serve(
             "experts": experts,
             "speculate": speculate,
             "draft": draft,
-        }  # fmt: skip
+        }
     )
     _serve(settings, models or [], pull)
 
@@ -122,27 +122,30 @@ def _serve(settings: Settings, names: list[str], pull: bool) -> None:
     import uvloop
 
     from ayllu.cli.opening import find_or_pull
-    from ayllu.server.logs import set_up_logging
+    from ayllu.server.logs import secrets_of, set_up_logging
     from ayllu.server.serve import require_safe_address, run
     from ayllu.server.state.database import Database
 
     require_safe_address(settings)
-    set_up_logging(settings.log_format)
+    writer = set_up_logging(settings.log_format, secrets=secrets_of(settings))
     found = [(model.name, model.path) for model in (find_or_pull(name, pull, settings) for name in names)]
     if not names:
         default = find_or_pull(None, pull, settings)
         found = [(default.name, default.path)]
     database = Database.open(settings.database, settings.data)
-    uvloop.run(
-        run(
-            settings,
-            database,
-            engine_options=lambda name: _options(settings, name, pull),
-            models=found,
-            load=[name for name, _ in found],
-            say=lambda text: print(text, file=sys.stderr, flush=True),
+    try:
+        uvloop.run(
+            run(
+                settings,
+                database,
+                engine_options=lambda name: _options(settings, name, pull),
+                models=found,
+                load=[name for name, _ in found],
+                say=lambda text: print(text, file=sys.stderr, flush=True),
+            )
         )
-    )
+    finally:
+        writer.close()
 
 
 def _options(settings: Settings, name: str, pull: bool) -> EngineOptions:

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -33,8 +33,6 @@ pixels with transparency and one without."""
 MAX_CHILDREN = 2
 MAX_WAITING = 64
 START_SECONDS = 60.0
-
-Said = TypeVar("Said")
 
 
 class ImageCutter:
@@ -162,7 +160,7 @@ class _Child:
 
     def cut(self, data: bytes, config: ImageConfig, seconds: float) -> CutImage | None:
         """The image's tiles, None if the child died or had to be killed. Raises ImageError."""
-        said = self._within(seconds, partial(self._cut, data, config))
+        said: CutImage | ImageError | None = self._within(seconds, partial(self._cut, data, config))
         if isinstance(said, ImageError):
             raise said
         return said
@@ -193,7 +191,7 @@ class _Child:
             write_bytes(self._process.stdin, data)
         return read_frame(self._process.stdout)
 
-    def _within(self, seconds: float, ask: Callable[[], Said | None]) -> Said | None:
+    def _within(self, seconds: float, ask: Callable[[], Any]) -> Any:
         clock = threading.Timer(seconds, self._process.kill)
         clock.daemon = True
         clock.start()

@@ -135,7 +135,7 @@ async def identify(request: Request, database: Database) -> Identity:
 
 
 def _require_own_page(request: Request) -> None:
-    """A cookie goes with every request of the browser, whichever page sends it; only ours may change things."""
+    """A cookie goes with every request of a browser, whichever page sends it; only ours may act."""
     if request.method in ("GET", "HEAD", "OPTIONS"):
         return
     origin = request.headers.get("origin")

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from ayllu import __version__
 from ayllu.engine.openai.body import InvalidBodyError
 from ayllu.errors import AylluError, NotFoundError, RequestFailedError, UsageError
-from ayllu.server.access import GuardedRoute
+from ayllu.server.access import COOKIE, GuardedRoute
 from ayllu.server.attempts import Attempts
 from ayllu.server.guard import Guard
 from ayllu.server.replies import ClientLeftError, error_reply
@@ -78,7 +78,8 @@ async def _expected(request: Request, error: Exception) -> Response:
     if error.http_status >= 500:
         _log.warning("%s: %s", type(error).__name__, error)
     if error.http_status == 401:
-        request.app.state.services.metrics.auth_failed("key")
+        failed = "session" if COOKIE in request.cookies else "key"
+        request.app.state.services.metrics.auth_failed(failed)
     return error_reply(request, error)
 
 

@@ -7,8 +7,9 @@ have come. Whoever leaves the block ends what is still computed for it.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
@@ -153,6 +154,7 @@ class Generator:
         self.models.resolve(call.model)
         answers = sum(one.n for one in call.requests)
         cost = _cost(call)
+        arrived = time.monotonic()
         with self.admitted(identity, cost, answers) as ticket:
             async with self.models.lease(call.model) as lease:
                 call = replace(
@@ -164,7 +166,7 @@ class Generator:
                     max_tokens=call.requests[0].max_new_tokens,
                     answers=answers,
                 ) as span:
-                    async with self._computing(lease, call) as generation:
+                    async with self._computing(lease, call, arrived) as generation:
                         try:
                             yield generation
                         finally:
@@ -178,10 +180,12 @@ class Generator:
                             )
 
     @asynccontextmanager
-    async def _computing(self, lease: Lease, call: GenerateCall) -> AsyncIterator[Generation]:
+    async def _computing(self, lease: Lease, call: GenerateCall, arrived: float) -> AsyncIterator[Generation]:
         """The call, handed to the engine; whoever leaves the block ends what is still computed."""
         watches = [
-            self._metrics.started(lease.name, params_n=one.n, params_max_tokens=one.max_new_tokens)
+            self._metrics.started(
+                lease.name, params_n=one.n, params_max_tokens=one.max_new_tokens, arrived=arrived
+            )
             for one in call.requests
         ]
         generation = Generation(call, watches)
@@ -279,7 +283,7 @@ def _prompt_tokens(request: GenerateRequest) -> int:
 
 async def streamed(
     generator: Generator, identity: Identity, call: GenerateCall, shape: Shape
-) -> AsyncIterator[list[ServerEvent]]:
+) -> AsyncGenerator[list[ServerEvent]]:
     """What goes to the client of a streamed call. What refuses the call is raised before the first batch, so
     that it can still become an error status; a later error becomes the stream's end."""
     async with generator.generate(identity, call) as generation:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ayllu.engine.openai.results import error_body
 from ayllu.errors import AylluError, ForbiddenError
+from ayllu.server.logs import request_context
 from ayllu.server.shapes import compact_json
 
 if TYPE_CHECKING:
@@ -89,7 +90,10 @@ class Guard:
             elif scope["method"] == "OPTIONS" and origin is not None:
                 await _preflight(sending)
             else:
-                with self._services.telemetry.request(scope["method"], headers) as span:
+                with (
+                    request_context(request_id),
+                    self._services.telemetry.request(scope["method"], headers) as span,
+                ):
                     await self._app(scope, receive, sending)
                     span.ended(state.get("route", ""), status)
         finally:

@@ -77,17 +77,14 @@ class MemoryRoom:
                     slot.reserved = choice.total_bytes
                     return choice.options
             changed = self._changed
-            in_use = self._in_use_bytes(slot)
-            left = self.budget_bytes - in_use
-            if needs.total_bytes <= left:
-                self._evict(self.reserved_bytes + needs.total_bytes - self.budget_bytes)
-            elif smaller is not None and smaller.total_bytes <= left:
-                self._evict(self.reserved_bytes + smaller.total_bytes - self.budget_bytes)
-            else:
+            left = self._left_by_users(slot)
+            if needs.total_bytes > left and (smaller is None or smaller.total_bytes > left):
                 smaller = await self._fewer_slots(slot, model, needs, left)
-                if smaller is not None and smaller.total_bytes <= self.budget_bytes - self._in_use_bytes(
-                    slot
-                ):
+                left = self._left_by_users(slot)
+            wanted = needs if needs.total_bytes <= left else smaller
+            if wanted is not None and wanted.total_bytes <= left:
+                self._evict(self.reserved_bytes + wanted.total_bytes - self.budget_bytes)
+                if self.reserved_bytes + wanted.total_bytes <= self.budget_bytes:
                     continue
             if time.monotonic() >= until:
                 raise RoomError(self._no_room(slot, needs))
@@ -115,9 +112,9 @@ class MemoryRoom:
             return None
         return smaller if smaller.context == needs.context and smaller.total_bytes <= left else None
 
-    def _in_use_bytes(self, besides: Slot) -> int:
-        """What cannot be had by unloading: engines in use, and loads under way."""
-        return sum(
+    def _left_by_users(self, besides: Slot) -> int:
+        """What there is beside engines in use and loads under way: all that unloading can give."""
+        return self.budget_bytes - sum(
             slot.reserved
             for slot in self._slots.values()
             if slot is not besides and slot.closing is None and not slot.is_idle

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ayllu.errors import AylluError, ConflictError, NotFoundError, RequestFailedError
@@ -128,6 +129,7 @@ class Runs:
                 )
             )
         self._live[run_id] = live
+        self._metrics.runs_open(len(self._live))
         record = _Record(kind, model, request, store or durable, on_end)
         live.task = asyncio.create_task(self._drive(live, identity, call, record), name=f"run {run_id}")
         return live
@@ -143,7 +145,7 @@ class Runs:
     async def _stored(self, run_id: str, user_id: str, after: int) -> AsyncIterator[list[ServerEvent]]:
         while True:
             page = await self._database.run(
-                lambda db, after=after: stored.events(db, run_id, user_id, after, PAGE), read=True
+                partial(stored.events, run_id=run_id, user_id=user_id, after=after, limit=PAGE), read=True
             )
             if not page:
                 return
@@ -253,6 +255,7 @@ class Runs:
         live.ended = True
         live.say(last)
         self._live.pop(live.id, None)
+        self._metrics.runs_open(len(self._live))
 
     async def _store_end(
         self,

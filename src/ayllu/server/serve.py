@@ -49,7 +49,7 @@ def require_safe_address(settings: Settings) -> None:
         return
     raise UsageError(
         f"Listening on {settings.host} without TLS would show keys and passwords to the network.",
-        "Set --tls-certificate and --tls-key; or --public-url https://…, if a proxy does TLS; or --plain-http.",
+        "Set --tls-certificate and --tls-key; or --public-url https://… of a proxy; or --plain-http.",
     )
 
 

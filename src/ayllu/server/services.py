@@ -32,6 +32,9 @@ from ayllu.weights.store import open_store
 
 PREPARING_THREADS = 4
 MEMORY_SHARE = 0.8
+UNKNOWN_MEMORY = 8 << 30
+"""Taken for what is free where the system does not tell."""
+
 HOUSEKEEPING_S = 30.0
 _log = logging.getLogger("ayllu.server")
 
@@ -65,7 +68,7 @@ class Services:
         self.models = ModelPool(
             self.store,
             options=engine_options,
-            budget_bytes=settings.memory or int(available_memory() * MEMORY_SHARE),
+            budget_bytes=settings.memory or int((available_memory() or UNKNOWN_MEMORY) * MEMORY_SHARE),
             keep_alive_s=settings.keep_alive_s,
             default_model=default_model or (models[0][0] if models else settings.default_model),
             pinned=models,
@@ -96,7 +99,7 @@ class Services:
         with contextlib.suppress(AylluError):
             await self._write_key_uses()
         self.threads.shutdown(wait=False, cancel_futures=True)
-        self.telemetry.close()
+        await asyncio.to_thread(self.telemetry.close)
         self.database.close()
 
     async def apply_stored(self) -> None:

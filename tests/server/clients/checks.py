@@ -27,6 +27,9 @@ EMBEDDING_MODEL = os.environ.get("EMBEDDING_MODEL", "")
 VISION_MODEL = os.environ.get("VISION_MODEL", "")
 LIMITED_KEY = os.environ.get("LIMITED_KEY", "")
 
+SYSTEM = "You are a helpful assistant."
+"""Its own word for itself makes SmolLM2 talk of other things."""
+
 QUESTION = "What is the capital of France?"
 PERSON_SCHEMA = {
     "type": "object",

@@ -11,6 +11,7 @@ from checks import (
     KEY,
     MODEL,
     QUESTION,
+    SYSTEM,
     VISION_MODEL,
     WEATHER,
     check,
@@ -47,10 +48,10 @@ def get_weather(city: Literal["Paris", "Lima", "Tokyo"], unit: Literal["C", "F"]
 
 @check
 def chat_answers_and_streams_the_same() -> None:
-    whole = model().invoke([SystemMessage("Be brief."), HumanMessage(QUESTION)])
+    whole = model().invoke([SystemMessage(SYSTEM), HumanMessage(QUESTION)])
     assert "Paris" in whole.content, whole
     assert whole.usage_metadata is not None and whole.usage_metadata["input_tokens"] > 0
-    chunks = list(model(stream_usage=True).stream([SystemMessage("Be brief."), HumanMessage(QUESTION)]))
+    chunks = list(model(stream_usage=True).stream([SystemMessage(SYSTEM), HumanMessage(QUESTION)]))
     total = chunks[0]
     for chunk in chunks[1:]:
         total += chunk  # type: ignore[assignment]
@@ -62,7 +63,8 @@ def chat_answers_and_streams_the_same() -> None:
 @check
 def several_are_asked_at_once() -> None:
     questions = [QUESTION, "What is the capital of Italy?", "What is the capital of Japan?"]
-    together = asyncio.run(model().abatch(questions))
+    asked: list[Any] = [[SystemMessage(SYSTEM), HumanMessage(question)] for question in questions]
+    together = asyncio.run(model().abatch(asked))
     for answer, capital in zip(together, ("Paris", "Rome", "Tokyo"), strict=True):
         assert capital in answer.content, answer
 
@@ -118,10 +120,11 @@ def logprobs_are_read() -> None:
 @check
 def responses_answer_stream_and_call_tools() -> None:
     asked = model(use_responses_api=True)
-    whole = asked.invoke(QUESTION)
+    messages: list[Any] = [SystemMessage(SYSTEM), HumanMessage(QUESTION)]
+    whole = asked.invoke(messages)
     assert "Paris" in whole.text, whole
     total: Any = None
-    for chunk in asked.stream(QUESTION):
+    for chunk in asked.stream(messages):
         total = chunk if total is None else total + chunk
     equal(total.text, whole.text)
     bound = model(use_responses_api=True, max_tokens=100).bind_tools([get_weather], tool_choice="get_weather")

@@ -17,6 +17,7 @@ from checks import (
     MODEL,
     PERSON_SCHEMA,
     QUESTION,
+    SYSTEM,
     VISION_MODEL,
     WEATHER,
     WEATHER_SCHEMA,
@@ -35,7 +36,7 @@ litellm.suppress_debug_info = True
 OPENAI: Any = {"model": f"openai/{MODEL}", "api_base": f"{BASE_URL}/v1", "api_key": KEY, "max_retries": 0}
 ANTHROPIC: Any = {"model": f"anthropic/{MODEL}", "api_base": BASE_URL, "api_key": KEY, "max_retries": 0}
 GREEDY: Any = {"temperature": 0, "max_tokens": 24}
-MESSAGES = [{"role": "user", "content": QUESTION}]
+MESSAGES = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": WEATHER_SCHEMA}}]
 
 
@@ -145,7 +146,9 @@ def openai_embeds() -> None:
 
 @check
 def openai_gives_responses() -> None:
-    made = litellm.responses(input=QUESTION, temperature=0, max_output_tokens=24, **OPENAI)
+    made = litellm.responses(
+        input=QUESTION, instructions=SYSTEM, temperature=0, max_output_tokens=24, **OPENAI
+    )
     assert "Paris" in str(made.output)
 
 
@@ -154,7 +157,7 @@ def openai_errors_have_their_kinds() -> None:
     cases: list[tuple[type[Exception], dict[str, Any]]] = [
         (litellm.AuthenticationError, {"api_key": "nonsense"}),
         (litellm.NotFoundError, {"model": "openai/no-such-model"}),
-        (litellm.BadRequestError, {"temperature": 99}),
+        (litellm.BadRequestError, {"temperature": 1000}),
     ]
     for kind, change in cases:
         try:

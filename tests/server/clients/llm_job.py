@@ -17,6 +17,7 @@ from checks import (
     MODEL,
     PERSON_SCHEMA,
     QUESTION,
+    SYSTEM,
     VISION_MODEL,
     check,
     equal,
@@ -70,9 +71,9 @@ def llm(*arguments: str, code: int = 0) -> str:
 
 @check
 def prompt_is_answered_and_streams_the_same() -> None:
-    whole = llm("-m", "here", "--no-stream", *GREEDY, QUESTION)
+    whole = llm("-m", "here", "--no-stream", *GREEDY, "-s", SYSTEM, QUESTION)
     assert "Paris" in whole, whole
-    equal(llm("-m", "here", *GREEDY, QUESTION).strip(), whole.strip())
+    equal(llm("-m", "here", *GREEDY, "-s", SYSTEM, QUESTION).strip(), whole.strip())
 
 
 @check
@@ -109,8 +110,8 @@ def text_is_completed() -> None:
 
 @check
 def responses_are_answered() -> None:
-    assert "Paris" in llm("-m", "here-responses", *GREEDY, QUESTION)
-    assert "Paris" in llm("-m", "here-responses", "--no-stream", *GREEDY, QUESTION)
+    assert "Paris" in llm("-m", "here-responses", *GREEDY, "-s", SYSTEM, QUESTION)
+    assert "Paris" in llm("-m", "here-responses", "--no-stream", *GREEDY, "-s", SYSTEM, QUESTION)
 
 
 @check

@@ -17,6 +17,7 @@ from checks import (
     MODEL,
     PERSON_SCHEMA,
     QUESTION,
+    SYSTEM,
     VISION_MODEL,
     WEATHER,
     WEATHER_SCHEMA,
@@ -31,7 +32,7 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 client = OpenAI(base_url=f"{BASE_URL}/v1", api_key=KEY, max_retries=0, timeout=300)
-MESSAGES: Any = [{"role": "user", "content": QUESTION}]
+MESSAGES: Any = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
 GREEDY: Any = {"model": MODEL, "temperature": 0, "max_tokens": 24}
 TOOLS: Any = [
     {
@@ -366,7 +367,9 @@ def a_generating_model_embeds_too() -> None:
 
 @check
 def response_is_created_retrieved_listed_and_deleted() -> None:
-    made = client.responses.create(model=MODEL, input=QUESTION, temperature=0, max_output_tokens=24)
+    made = client.responses.create(
+        model=MODEL, input=QUESTION, instructions=SYSTEM, temperature=0, max_output_tokens=24
+    )
     equal(made.status, "completed" if made.incomplete_details is None else "incomplete")
     assert "Paris" in made.output_text, made
     assert made.usage is not None and made.usage.output_tokens > 0
@@ -384,7 +387,13 @@ def response_is_created_retrieved_listed_and_deleted() -> None:
 
 @check
 def response_streams_numbered_events() -> None:
-    asked: Any = {"model": MODEL, "input": QUESTION, "temperature": 0, "max_output_tokens": 24}
+    asked: Any = {
+        "model": MODEL,
+        "input": QUESTION,
+        "instructions": SYSTEM,
+        "temperature": 0,
+        "max_output_tokens": 24,
+    }
     whole = client.responses.create(**asked)
     numbers, kinds, text = [], [], ""
     final = None
@@ -412,7 +421,9 @@ def response_streams_numbered_events() -> None:
 
 @check
 def response_stream_helper_works() -> None:
-    with client.responses.stream(model=MODEL, input=QUESTION, temperature=0, max_output_tokens=24) as stream:
+    with client.responses.stream(
+        model=MODEL, input=QUESTION, instructions=SYSTEM, temperature=0, max_output_tokens=24
+    ) as stream:
         for _ in stream:
             pass
         final = stream.get_final_response()
@@ -474,7 +485,7 @@ def response_remembers_the_one_before() -> None:
 @check
 def response_that_is_not_stored_is_gone() -> None:
     made = client.responses.create(
-        model=MODEL, input=QUESTION, temperature=0, max_output_tokens=4, store=False
+        model=MODEL, input=QUESTION, instructions=SYSTEM, temperature=0, max_output_tokens=4, store=False
     )
     try:
         client.responses.retrieve(made.id)
@@ -486,7 +497,7 @@ def response_that_is_not_stored_is_gone() -> None:
 @check
 def response_in_the_background_ends_by_itself() -> None:
     made = client.responses.create(
-        model=MODEL, input=QUESTION, temperature=0, max_output_tokens=24, background=True
+        model=MODEL, input=QUESTION, instructions=SYSTEM, temperature=0, max_output_tokens=24, background=True
     )
     assert made.status in ("queued", "in_progress"), made.status
     until = time.monotonic() + 120
@@ -604,7 +615,7 @@ def _refused(kind: type[openai.APIStatusError], call: Any) -> Any:
 def bad_requests_name_the_field() -> None:
     error = _refused(
         openai.BadRequestError,
-        lambda: client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=99),
+        lambda: client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=1000),
     )
     equal((error.param, error.type), ("temperature", "invalid_request_error"))
     error = _refused(
@@ -619,7 +630,7 @@ def bad_requests_name_the_field() -> None:
     equal(error.param, "messages.0.role")
     error = _refused(
         openai.BadRequestError,
-        lambda: client.responses.create(model=MODEL, input=QUESTION, temperature=99),
+        lambda: client.responses.create(model=MODEL, input=QUESTION, temperature=1000),
     )
     equal(error.param, "temperature")
     error = _refused(
@@ -636,7 +647,7 @@ def a_refused_stream_is_an_error_of_its_kind() -> None:
     error = _refused(
         openai.BadRequestError,
         lambda: list(
-            client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=99, stream=True)
+            client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=1000, stream=True)
         ),
     )
     equal(error.param, "temperature")

@@ -89,10 +89,10 @@ class CompletionShape:
             case ToolCallMade():
                 return self._tool_call(collected, first, event)
             case PromptScored() if self._call.echo:
-                text, tokens = echoed(collected)
+                text, scored = echoed(collected)
                 wanted = collected.request.logprobs is not None
                 return [
-                    self._text(first + index, text, tokens if wanted else None)
+                    self._text(first + index, text, scored if wanted else None)
                     for index in range(collected.request.n)
                 ]
             case AnswerFinished(index, reason):

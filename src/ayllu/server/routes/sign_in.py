@@ -88,7 +88,8 @@ async def link_page(request: Request, token: str = "") -> Response:
     programs look at links too."""
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        "<title>ayllu</title><style>body{font:16px system-ui;display:grid;place-items:center;min-height:90vh}"
+        "<title>ayllu</title><style>body{font:16px system-ui;display:grid;place-items:center;"
+        "min-height:90vh}"
         "button{font:inherit;padding:.7em 1.6em;border-radius:.5em;border:1px solid #888;cursor:pointer}</style>"
         f'<form method=post action=/sign-in><input type=hidden name=token value="{escape(token[:200])}">'
         "<button autofocus>Sign in &middot; サインイン</button></form></html>"
