@@ -89,7 +89,7 @@ def running(
         services = Services(
             chosen,
             opened,
-            engine_options=options or (lambda name: EngineOptions(slots=slots, context=512)),
+            engine_options=options or (lambda name: EngineOptions(slots=slots)),
             models=models,
             opener=opener or scripted,
         )

@@ -670,3 +670,37 @@ def test_a_database_error_tells_no_statement_and_no_value(database: Database) ->
     with pytest.raises(StateError) as caught:
         database.now(lambda db: db.execute(text("SELECT nonsense('hush-hush') FROM nowhere")))
     assert "hush" not in str(caught.value) and "SELECT" not in str(caught.value)
+
+
+def test_a_closed_database_says_so(tmp_path: Path) -> None:
+    async def check() -> None:
+        database = Database.open(None, tmp_path)
+        database.close()
+        with pytest.raises(StateError, match="closed"):
+            await database.run(users.count)
+
+    asyncio.run(check())
+
+
+@pytest.mark.skipif(postgres.programs() is None, reason=postgres.HOW_TO_GET_IT)
+def test_connections_that_were_lost_meanwhile_are_replaced(tmp_path: Path) -> None:
+    url = postgres.shared().new_database()
+    database, other = Database.open(url, tmp_path), Database.open(url, tmp_path)
+    others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+    for number in range(3):
+        assert database.now(users.count, read=True) == number
+        other.now(lambda db: db.execute(text(others + " AND datname = current_database()")).all())
+        database.now(lambda db, n=number: users.create(db, f"user{n}", "user"))
+        other.now(lambda db: db.execute(text(others + " AND datname = current_database()")).all())
+    other.now(lambda db: db.execute(text(others + " AND datname = current_database()")).all())
+    assert database.now(users.count, read=True) == 3
+    database.close()
+    other.close()
+
+
+def test_a_folder_of_others_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "something").touch()
+    tmp_path.chmod(0o755)
+    Database.open(None, tmp_path).close()
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "ayllu.db").stat().st_mode & 0o777 == 0o600

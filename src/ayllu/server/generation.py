@@ -149,7 +149,7 @@ class Generator:
 
     @asynccontextmanager
     async def generate(self, identity: Identity, call: GenerateCall) -> AsyncIterator[Generation]:
-        """The call under way. Raises what refuses it: UnknownModelError, OverloadedError, or as the engine."""
+        """The call under way. Raises what refuses it: UnknownModelError, OverloadedError, as the engine."""
         self.require_running()
         self.models.resolve(call.model)
         answers = sum(one.n for one in call.requests)

@@ -87,10 +87,11 @@ async def link_page(request: Request, token: str = "") -> Response:
     """Where a one-time link leads. It is used by a click, not by being looked at: mail scanners and chat
     programs look at links too."""
     page = (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width'>"
         "<title>ayllu</title><style>body{font:16px system-ui;display:grid;place-items:center;"
         "min-height:90vh}"
-        "button{font:inherit;padding:.7em 1.6em;border-radius:.5em;border:1px solid #888;cursor:pointer}</style>"
+        "button{font:inherit;padding:.7em 1.6em;border-radius:.5em;border:1px solid #888}</style>"
         f'<form method=post action=/sign-in><input type=hidden name=token value="{escape(token[:200])}">'
         "<button autofocus>Sign in &middot; サインイン</button></form></html>"
     )

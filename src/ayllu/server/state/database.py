@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from sqlalchemy import URL
-from sqlalchemy.exc import DBAPIError, TimeoutError
+from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
 from sqlalchemy.orm import Session as Db
 
 from ayllu.errors import StateError
@@ -27,6 +27,8 @@ from ayllu.server.state.failures import as_state_error, damages_connection, retr
 
 T = TypeVar("T")
 TRIES = 12
+INTEGRITY_TRIES = 3
+"""The second sees what the first ran into, and says it better."""
 LONGEST_PAUSE_S = 0.25
 
 
@@ -72,10 +74,12 @@ class Database:
 
     async def run(self, work: Callable[[Db], T], *, read: bool = False) -> T:
         """Run a transaction and commit it. read: it changes nothing, and waits for no writer."""
-        loop = asyncio.get_running_loop()
-        if read:
-            return await loop.run_in_executor(self._reading, self._transaction, work, True)
-        return await loop.run_in_executor(self._writing, self._transaction, work, False)
+        threads = self._reading if read else self._writing
+        try:
+            done = asyncio.get_running_loop().run_in_executor(threads, self._transaction, work, read)
+        except RuntimeError as error:
+            raise StateError("The database is closed.", "The server is ending; try again later.") from error
+        return await done
 
     def now(self, work: Callable[[Db], T], *, read: bool = False) -> T:
         """As `run`, in this thread."""
@@ -98,7 +102,8 @@ class Database:
                 ) from error.__cause__
             except DBAPIError as error:
                 lost = error.connection_invalidated
-                if attempt == TRIES or not (retryable(error) or (lost and attempt == 1)):
+                tries = INTEGRITY_TRIES if isinstance(error, IntegrityError) else TRIES
+                if attempt >= tries or not (retryable(error) or (lost and attempt == 1)):
                     raise as_state_error(error, self.url) from error
                 if not lost:
                     time.sleep(random.uniform(0, min(LONGEST_PAUSE_S, 0.002 * 2**attempt)))

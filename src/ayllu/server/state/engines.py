@@ -72,10 +72,12 @@ _FIX = "Use postgresql://user@host/name, or leave it out for a file."
 
 
 def _own_folder(folder: Path) -> None:
-    """For nobody else: backups and the database hold what users wrote."""
+    """For nobody else, since users wrote what is in it. A folder that holds other things stays as it is."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if stat.S_IMODE(folder.stat().st_mode) != 0o700:
+        mode = folder.stat().st_mode
+        ours = (folder / FILE_NAME).exists() or not any(folder.iterdir())
+        if ours and not mode & stat.S_ISVTX and stat.S_IMODE(mode) != 0o700:
             with contextlib.suppress(PermissionError):
                 folder.chmod(0o700)
     except OSError as error:
