@@ -63,7 +63,8 @@ API_BLOCKS = _words(
     """text image document search_result thinking redacted_thinking tool_use tool_result
     server_tool_use web_search_tool_result web_fetch_tool_result code_execution_tool_result
     bash_code_execution_tool_result text_editor_code_execution_tool_result tool_search_tool_result
-    container_upload mid_conv_system"""
+    container_upload advisor_tool_result browser_state compaction fallback mcp_tool_listing mcp_tool_result
+    mcp_tool_use tool_addition tool_removal"""
 )
 API_TOOL_FIELDS = _words(
     """input_schema name allowed_callers cache_control defer_loading description
@@ -207,6 +208,8 @@ def test_refused_field_is_named_with_a_reason(field, value):
         ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"messages": [{**HELLO, "name": "x"}]}, "messages.0.name"),
+        ({"messages": [{**HELLO, "clear_at": "next_user_message"}]}, "messages.0.clear_at"),
+        ({"messages": [{**HELLO, "output_config": {}}]}, "messages.0.output_config"),
         ({"messages": [user("hi")]}, "messages.0.content.0"),
         ({"messages": [user({"text": "hi"})]}, "messages.0.content.0.type"),
         ({"messages": [user({"type": ["text"]})]}, "messages.0.content.0.type"),

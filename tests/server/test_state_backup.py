@@ -272,7 +272,8 @@ def test_the_commands_save_and_bring_back(tmp_path: Path, monkeypatch: pytest.Mo
     assert CliRunner().invoke(app, ["backup", str(file)], catch_exceptions=False).exit_code == 0
     database.now(lambda db: users.create(db, "Later", "user"))
     assert isinstance(CliRunner().invoke(app, ["restore", str(file)]).exception, ConflictError)
-    done = CliRunner().invoke(app, ["restore", str(file), "--force"], catch_exceptions=False)
+    arguments = ["restore", str(file), "--force", "--data", str(tmp_path / "data")]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0 and "3 lines" in done.output
     after = content_of(database)
     assert after["users"] == before["users"] and len(after["audit"]) == 4

@@ -7,12 +7,19 @@ from typing import Annotated
 
 import typer
 
+Data = Annotated[Path | None, typer.Option("--data", help="Folder of the database, backups and adapters.")]
+DatabaseUrl = Annotated[
+    str | None, typer.Option("--database", help="postgresql://… Default: a file in the data folder.")
+]
+
 
 def backup(
     file: Annotated[
         Path | None,
         typer.Argument(help="Where to write it. Default: `backups` in the folder of the server's data."),
     ] = None,
+    data: Data = None,
+    database_url: DatabaseUrl = None,
 ) -> None:
     """Write a backup of the server's database to one file. The server may go on working."""
     from ayllu.server.state import backup as backups
@@ -20,7 +27,7 @@ def backup(
     from ayllu.server.state.schema import BACKUPS
     from ayllu.settings import load_settings
 
-    settings = load_settings()
+    settings = load_settings({"data": data, "database": database_url})
     target = file or backups.new_name(settings.data / BACKUPS, "ayllu")
     database = Database.open(settings.database, settings.data, migrate=False)
     try:
@@ -35,6 +42,8 @@ def restore(
     force: Annotated[
         bool, typer.Option("--force", help="Replace what the database holds; it is backed up first.")
     ] = False,
+    data: Data = None,
+    database_url: DatabaseUrl = None,
 ) -> None:
     """Put a backup into the server's database, in the place of everything in it. Everybody signs in again."""
     from ayllu.server.state import audit
@@ -43,7 +52,7 @@ def restore(
     from ayllu.server.state.schema import BACKUPS
     from ayllu.settings import load_settings
 
-    settings = load_settings()
+    settings = load_settings({"data": data, "database": database_url})
     database = Database.open(settings.database, settings.data)
     try:
         if force:

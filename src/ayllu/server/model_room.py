@@ -123,7 +123,7 @@ class MemoryRoom:
     def _evict(self, missing: int) -> None:
         """Begin to close idle models, longest unused first, until so many bytes will be free."""
         missing -= sum(slot.reserved for slot in self._slots.values() if slot.closing is not None)
-        idle = sorted((s for s in self._slots.values() if s.engine), key=lambda s: s.idle_since)
+        idle = sorted((s for s in self._slots.values() if s.is_idle), key=lambda s: s.idle_since)
         for slot in idle:
             if missing <= 0:
                 return

@@ -108,7 +108,8 @@ class Failures:
             self._count = 0
         cool_down = min(FIRST_COOL_DOWN_S * 2.0**self._count, LONGEST_COOL_DOWN_S)
         self._count += 1
-        self.error, self._at, self._until = error, now, now + cool_down
+        # Without its traceback, which would keep alive all that the load had in hand.
+        self.error, self._at, self._until = twin(error), now, now + cool_down
 
     def forget(self) -> None:
         """A person has decided that things are different now."""

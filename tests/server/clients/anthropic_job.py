@@ -164,7 +164,8 @@ def picture_is_seen() -> None:
                 }
             ],
         )
-        return made.usage.input_tokens, [block.to_dict() for block in made.content]
+        read = made.usage.input_tokens + (made.usage.cache_read_input_tokens or 0)
+        return read, [block.to_dict() for block in made.content]
 
     with_picture = seen(png(255, 0, 0))
     equal(seen(png(255, 0, 0)), with_picture, "the same picture again")

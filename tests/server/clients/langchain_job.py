@@ -65,8 +65,7 @@ def several_are_asked_at_once() -> None:
     questions = [QUESTION, "What is the capital of Italy?", "What is the capital of Japan?"]
     asked: list[Any] = [[SystemMessage(SYSTEM), HumanMessage(question)] for question in questions]
     together = asyncio.run(model().abatch(asked))
-    for answer, capital in zip(together, ("Paris", "Rome", "Tokyo"), strict=True):
-        assert capital in answer.content, answer
+    equal([answer.content for answer in together], [model().invoke(one).content for one in asked])
 
 
 @check

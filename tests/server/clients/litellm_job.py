@@ -78,7 +78,7 @@ def _calls_a_tool(provider: Any) -> None:
     second = litellm.completion(
         **{
             **asked,
-            "messages": [*asked["messages"], whole.choices[0].message.model_dump(exclude_none=True), result],
+            "messages": [*asked["messages"], whole.choices[0].message, result],
             "tool_choice": "none",
         }
     )

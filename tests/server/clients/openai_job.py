@@ -33,6 +33,13 @@ from pydantic import BaseModel
 
 client = OpenAI(base_url=f"{BASE_URL}/v1", api_key=KEY, max_retries=0, timeout=300)
 MESSAGES: Any = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
+ANSWER: Any = {
+    "model": MODEL,
+    "instructions": SYSTEM,
+    "input": QUESTION,
+    "temperature": 0,
+    "max_output_tokens": 24,
+}
 GREEDY: Any = {"model": MODEL, "temperature": 0, "max_tokens": 24}
 TOOLS: Any = [
     {
@@ -367,9 +374,7 @@ def a_generating_model_embeds_too() -> None:
 
 @check
 def response_is_created_retrieved_listed_and_deleted() -> None:
-    made = client.responses.create(
-        model=MODEL, input=QUESTION, instructions=SYSTEM, temperature=0, max_output_tokens=24
-    )
+    made = client.responses.create(**ANSWER)
     equal(made.status, "completed" if made.incomplete_details is None else "incomplete")
     assert "Paris" in made.output_text, made
     assert made.usage is not None and made.usage.output_tokens > 0
@@ -387,17 +392,10 @@ def response_is_created_retrieved_listed_and_deleted() -> None:
 
 @check
 def response_streams_numbered_events() -> None:
-    asked: Any = {
-        "model": MODEL,
-        "input": QUESTION,
-        "instructions": SYSTEM,
-        "temperature": 0,
-        "max_output_tokens": 24,
-    }
-    whole = client.responses.create(**asked)
+    whole = client.responses.create(**ANSWER)
     numbers, kinds, text = [], [], ""
     final = None
-    for event in client.responses.create(stream=True, **asked):
+    for event in client.responses.create(stream=True, **ANSWER):
         numbers.append(event.sequence_number)
         kinds.append(event.type)
         if event.type == "response.output_text.delta":
@@ -421,9 +419,7 @@ def response_streams_numbered_events() -> None:
 
 @check
 def response_stream_helper_works() -> None:
-    with client.responses.stream(
-        model=MODEL, input=QUESTION, instructions=SYSTEM, temperature=0, max_output_tokens=24
-    ) as stream:
+    with client.responses.stream(**ANSWER) as stream:
         for _ in stream:
             pass
         final = stream.get_final_response()
@@ -484,9 +480,7 @@ def response_remembers_the_one_before() -> None:
 
 @check
 def response_that_is_not_stored_is_gone() -> None:
-    made = client.responses.create(
-        model=MODEL, input=QUESTION, instructions=SYSTEM, temperature=0, max_output_tokens=4, store=False
-    )
+    made = client.responses.create(store=False, **ANSWER)
     try:
         client.responses.retrieve(made.id)
     except openai.NotFoundError:
@@ -496,9 +490,7 @@ def response_that_is_not_stored_is_gone() -> None:
 
 @check
 def response_in_the_background_ends_by_itself() -> None:
-    made = client.responses.create(
-        model=MODEL, input=QUESTION, instructions=SYSTEM, temperature=0, max_output_tokens=24, background=True
-    )
+    made = client.responses.create(background=True, **ANSWER)
     assert made.status in ("queued", "in_progress"), made.status
     until = time.monotonic() + 120
     while made.status in ("queued", "in_progress") and time.monotonic() < until:

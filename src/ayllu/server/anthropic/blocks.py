@@ -230,7 +230,9 @@ _REFUSED: dict[str, str] = {
     "tool_reference": "All tools are shown to the model: leave it out.",
     "compaction": "Send a message that sums up the conversation.",
     "browser_state": "There is no browser here: describe what it shows.",
-    "mid_conv_system": "Use a message of the role system.",
+    "fallback": "One model answers: leave it out.",
+    "mcp_tool_listing": "List the tools in tools.",
+    **dict.fromkeys(("tool_addition", "tool_removal"), "Send the tools that are on offer now in tools."),
     "input_audio": "The model reads text and images: send one of those.",
 }  # fmt: skip
 """Known elsewhere, with what to do instead."""
@@ -256,6 +258,11 @@ def _as_block(value: Any) -> Any:
 
 class MessageTurn(Strict):
     """One message. The role system stands for instructions that come in the middle of a conversation."""
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "clear_at": "Nothing is left out silently: send the messages that are to be read.",
+        "output_config": "Give it beside messages.",
+    }
 
     role: Literal["user", "assistant", "system"]
     content: Annotated[
