@@ -33,7 +33,7 @@ $(VENV)/run-ready: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 
 $(VENV)/test-ready: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	@echo "Installing ayllu, torch and the development tools, and compiling the CPU runner"
-	@$(INSTALL) --editable '.[torch,dev]'
+	@$(INSTALL) --editable '.[torch,postgres,oidc,otel,dev]'
 	@touch $@ $(VENV)/run-ready
 
 run: $(VENV)/run-ready ## talk to a model; MODEL=name takes another one

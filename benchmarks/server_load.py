@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
 from machine import heading, write_result
 
 PROMPT = "Write about the mountains of Peru, number {number}, in long sentences."
@@ -66,14 +65,28 @@ def serving(model: str, *flags: str, **environment: str) -> Iterator[Server]:
         database.close()
         with contextlib.closing(__import__("socket").create_server(("127.0.0.1", 0))) as free:
             port = free.getsockname()[1]
-        command = [sys.executable, "-m", "ayllu", "serve", model, "--port", str(port), "--data", folder, *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "ayllu",
+            "serve",
+            model,
+            "--port",
+            str(port),
+            "--data",
+            folder,
+            *flags,
+        ]
         generous = {
             "AYLLU_REQUESTS_PER_MINUTE": "1000000",
             "AYLLU_TOKENS_PER_MINUTE": "1000000000",
             "AYLLU_CONCURRENT_REQUESTS": "100000",
         }
         process = subprocess.Popen(
-            command, env={**os.environ, **generous, **environment}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            command,
+            env={**os.environ, **generous, **environment},
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
         )
         server = Server("127.0.0.1", port, key, process)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 from click.testing import CliRunner
@@ -21,12 +22,16 @@ def reference() -> str:
     root = typer.main.get_command(app)
     runner = CliRunner()
     pages = [INTRODUCTION]
-    for name in ("", *root.commands):
-        shown = runner.invoke(
-            root, [*([name] if name else []), "--help"], prog_name="ayllu", env={"COLUMNS": "100"}
-        )
-        pages.append(f"## ayllu {name}".rstrip() + f"\n\n```text\n{shown.output.strip()}\n```\n")
+    for words in _commands(root):
+        shown = runner.invoke(root, [*words, "--help"], prog_name="ayllu", env={"COLUMNS": "100"})
+        pages.append(f"## {' '.join(['ayllu', *words])}\n\n```text\n{shown.output.strip()}\n```\n")
     return "\n".join(pages)
+
+
+def _commands(root: Any, words: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """A command and all below it, as they are typed."""
+    below = getattr(root, "commands", {})
+    return [words, *(found for name in below for found in _commands(below[name], (*words, name)))]
 
 
 if __name__ == "__main__":

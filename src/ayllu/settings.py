@@ -210,6 +210,12 @@ class Settings:
         default=(),
         metadata=_about(texts, "Subjects or e-mail addresses that become admins when they sign in."),
     )
+    oidc_allowed: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(
+            texts, "Subjects, e-mail addresses or e-mail domains that may sign in. Default: all it knows."
+        ),
+    )
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def origin(self, name: str) -> str:

@@ -322,7 +322,7 @@ def test_embeddings_are_cut_to_the_dimensions_asked_for_and_have_length_one_agai
 
     assert vectors(3) == [[0.6, 0.0, 0.8], [0.0, 0.0, 1.0]]
     assert vectors(2) == [[1.0, 0.0], [0.0, 0.0]]
-    with pytest.raises(InvalidBodyError, match="have 3.*Ask for 1 to 3") as caught:
+    with pytest.raises(InvalidBodyError, match=r"have 3.*Ask for 1 to 3") as caught:
         vectors(4)
     assert caught.value.param == "dimensions"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import signal
 import socket
 import struct
@@ -41,7 +40,7 @@ def ask(path: str, key: str = "", body: dict[str, Any] | None = None) -> bytes:
 
 def main(model: str, data: str, trace: str) -> None:
     loopback_up()
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(Path.cwd()))
     from ayllu.server.state import keys, users
     from ayllu.server.state.database import Database
 
@@ -83,8 +82,6 @@ def main(model: str, data: str, trace: str) -> None:
             print("answered")
     finally:
         server.send_signal(signal.SIGTERM)
-        children = subprocess.run(["pkill", "-TERM", "-f", "ayllu serve"], check=False)
-        del children
         server.wait(60)
 
 

@@ -20,10 +20,23 @@ from ayllu.server.state import conversations, keys, runs, sign_in, uploads, user
 from tests.server.running import Running, running
 
 PUBLIC = {
-    "/health", "/healthz", "/ready", "/readyz", "/version", "/openapi.json", "/docs", "/docs/start.js",
-    "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js", "/", "/sign-in", "/api/sign-in",
-    "/api/sign-in/link", "/api/sign-in/oidc", "/api/sign-in/oidc/callback",
-}  # fmt: skip
+    "/health",
+    "/healthz",
+    "/ready",
+    "/readyz",
+    "/version",
+    "/openapi.json",
+    "/docs",
+    "/docs/start.js",
+    "/docs/swagger-ui.css",
+    "/docs/swagger-ui-bundle.js",
+    "/",
+    "/sign-in",
+    "/api/sign-in",
+    "/api/sign-in/link",
+    "/api/sign-in/oidc",
+    "/api/sign-in/oidc/callback",
+}
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +178,12 @@ def test_what_is_anothers_does_not_exist(server: Running) -> None:
     key = server.new_key(owner)
     with server.client(key) as client:
         for method, path in [
-            ("GET", "/api/conversations/{conversation_id}"), ("GET", "/v1/responses/{response_id}"),
-            ("GET", "/v1/files/{file_id}"), ("GET", "/v1/files/{file_id}/content"), ("GET", "/api/runs/{run_id}"),
-        ]:  # fmt: skip
+            ("GET", "/api/conversations/{conversation_id}"),
+            ("GET", "/v1/responses/{response_id}"),
+            ("GET", "/v1/files/{file_id}"),
+            ("GET", "/v1/files/{file_id}/content"),
+            ("GET", "/api/runs/{run_id}"),
+        ]:
             assert _call(client, method, _path(path, belongings)).status_code == 200, path
 
 
@@ -238,9 +254,21 @@ def test_another_page_cannot_use_a_session(server: Running) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example", "", "user@evil.example",
-     "[::1", "evil.example#127.0.0.1", "xn--e1afmkfd.example", "metadata.internal", "a" * 300, "127.0.0.1@evil.example"],
-)  # fmt: skip
+    [
+        "evil.example",
+        "evil.example:80",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "",
+        "user@evil.example",
+        "[::1",
+        "evil.example#127.0.0.1",
+        "xn--e1afmkfd.example",
+        "metadata.internal",
+        "a" * 300,
+        "127.0.0.1@evil.example",
+    ],
+)
 def test_a_name_that_is_not_ours_is_refused(server: Running, host: str) -> None:
     """DNS rebinding: somebody's name points to this machine, and their page asks under that name."""
     with server.client() as client:

@@ -131,7 +131,7 @@ def test_an_engine_that_dies_is_seen_in_every_stream_and_comes_back(tmp_path: Pa
             wait_until(lambda: engine.status == "ready")
             ended: list[list[Any]] = []
 
-            def read() -> None:
+            def read(ended: list[list[Any]] = ended) -> None:
                 with (
                     server.client() as client,
                     client.stream(
@@ -207,8 +207,8 @@ def test_slow_readers_take_nothing_from_a_normal_one(tmp_path: Path) -> None:
 
 
 def test_a_flood_is_refused_politely_and_work_goes_on(tmp_path: Path) -> None:
-    """R6, in short: ten times what fits. Refusals are 429 with Retry-After and nothing else; what was taken is
-    finished. The long form with figures is benchmarks/server_load.py."""
+    """R6, in short: ten times what fits. Refusals are 429 with Retry-After and nothing else; what was taken
+    is finished. The long form with figures is benchmarks/server_load.py."""
     folder = toy_folder(tmp_path / "toy", step_s=0.002)
     with running(
         tmp_path,
@@ -319,12 +319,25 @@ def test_one_bad_request_costs_nobody_else_anything(real: Running) -> None:
         thread.start()
     bad: list[dict[str, Any]] = [
         chat("x" * 20_000, max_tokens=5),
-        chat("x", response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/nowhere"}}}),
+        chat(
+            "x",
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"$ref": "#/nowhere"}},
+            },
+        ),
         chat("x", structured_outputs={"regex": "(" * 500}),
         chat("x", logit_bias={"99999999": 5}),
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}]},
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}],
+                }
+            ]
+        },
         chat("x", model="nothing"),
-    ]  # fmt: skip
+    ]
     with real.client() as client:
         for body in bad:
             assert client.post("/v1/chat/completions", json=body).status_code in (400, 404), body

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
@@ -97,7 +96,7 @@ def test_the_first_start_gives_one_way_in_and_the_next_none(tmp_path: Path, smol
         if one.status == psutil.CONN_LISTEN
     ]
     assert [tuple(one) for one in listening] == [("127.0.0.1", server.port)]
-    assert oct(os.stat(tmp_path).st_mode & 0o777) == "0o700"
+    assert tmp_path.stat().st_mode & 0o777 == 0o700
     assert server.kill(signal.SIGTERM) == 0
     assert not psutil.pid_exists(server.process.pid)
     again = Process(smollm2_gguf, tmp_path).ready()

@@ -23,7 +23,7 @@ GATES: dict[str, threading.Event] = {}
 
 
 def play(request: GenerateRequest) -> Iterable[Event]:
-    """'gate NAME' says two words and waits; 'fail' fails; 'tool' calls; anything else counts what it was asked."""
+    """'gate NAME' says two words and waits; 'fail' fails; 'tool' calls; else the question."""
     text = prompt_text(request)
     yield Started(5, 2)
     if text.startswith("gate"):

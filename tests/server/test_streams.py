@@ -1,4 +1,4 @@
-"""Streams, to the conventions: what the chunks add up to is the answer without them, and nothing is between."""
+"""Streams, to the conventions: what the chunks add up to is the answer without them."""
 
 from __future__ import annotations
 
@@ -184,10 +184,20 @@ def test_a_silent_stream_is_kept_alive(server: Running, monkeypatch: pytest.Monk
         (chat("x") | {"audio": {"voice": "x"}}, "audio"),
         (chat("x") | {"n": 0}, "n"),
         (chat("x") | {"n": 10_000}, "n"),
-        ({"model": "tiny", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}]}]},
-         "messages.0.content.0.image_url.url"),
+        (
+            {
+                "model": "tiny",
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}],
+                    }
+                ],
+            },
+            "messages.0.content.0.image_url.url",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_done_is_refused_by_name(server: Running, body: dict[str, Any], param: str) -> None:
     with server.client() as client:
         response = client.post("/v1/chat/completions", json=body)
@@ -253,9 +263,18 @@ def test_every_number_of_every_body_at_its_extremes(server: Running) -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"[]", b"null", b"\xff\xfe", b'{"a":1,"a":2}', b"{" * 200_000, b'{"messages":' + b"[" * 5000 + b"]" * 5000 + b"}",
-     b'{"model":"\\ud800"}', b"{" + b'"x":1,' * 2_100_000 + b'"y":1}'],
-)  # fmt: skip
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"a":1,"a":2}',
+        b"{" * 200_000,
+        b'{"messages":' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b'{"model":"\\ud800"}',
+        b"{" + b'"x":1,' * 2_100_000 + b'"y":1}',
+    ],
+)
 def test_bodies_that_are_no_json_are_refused(server: Running, raw: bytes) -> None:
     with server.client() as client:
         response = client.post(

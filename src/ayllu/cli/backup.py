@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-Data = Annotated[Path | None, typer.Option("--data", help="Folder of the database, backups and adapters.")]
-DatabaseUrl = Annotated[
-    str | None, typer.Option("--database", help="postgresql://… Default: a file in the data folder.")
-]
+from ayllu.cli.accounts import DatabaseOption, DataOption
 
 
 def backup(
@@ -18,8 +15,8 @@ def backup(
         Path | None,
         typer.Argument(help="Where to write it. Default: `backups` in the folder of the server's data."),
     ] = None,
-    data: Data = None,
-    database_url: DatabaseUrl = None,
+    data: DataOption = None,
+    database_url: DatabaseOption = None,
 ) -> None:
     """Write a backup of the server's database to one file. The server may go on working."""
     from ayllu.server.state import backup as backups
@@ -42,8 +39,8 @@ def restore(
     force: Annotated[
         bool, typer.Option("--force", help="Replace what the database holds; it is backed up first.")
     ] = False,
-    data: Data = None,
-    database_url: DatabaseUrl = None,
+    data: DataOption = None,
+    database_url: DatabaseOption = None,
 ) -> None:
     """Put a backup into the server's database, in the place of everything in it. Everybody signs in again."""
     from ayllu.server.state import audit

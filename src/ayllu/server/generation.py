@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ayllu.engine.events import TERMINAL, AnswerFinished, Done, Event, Failed, TextDelta
 from ayllu.engine.openai.requests import GenerateCall
 from ayllu.engine.protocol import Engine, Stream
-from ayllu.engine.requests import ChatPrompt, GenerateRequest, TextPrompt, TokenPrompt
+from ayllu.engine.requests import ChatPrompt, GenerateRequest, InfillPrompt, TextPrompt, TokenPrompt
 from ayllu.errors import AylluError, EngineUnavailableError, OverloadedError
 from ayllu.server.shapes import ServerEvent, Shape
 
@@ -278,7 +278,8 @@ def _prompt_tokens(request: GenerateRequest) -> int:
             return len(text) // CHARACTERS_PER_TOKEN + 1
         case TokenPrompt(token_ids):
             return len(token_ids)
-    return 0
+        case InfillPrompt(prefix, suffix):
+            return (len(prefix) + len(suffix)) // CHARACTERS_PER_TOKEN + 1
 
 
 async def streamed(

@@ -61,6 +61,7 @@ class MemoryEstimate:
     def __call__(self, path: Path, options: EngineOptions, *, available_bytes: int, model_name: str) -> Needs:
         """See `Estimate`."""
         known = self._read(path, options)
+        options = _within(known, options)
         if known is None:
             return Needs(stored_bytes(path) + FIXED_BYTES, options)
         plan = _plan(known, options, available_bytes, model_name)
@@ -82,6 +83,14 @@ class MemoryEstimate:
                 self._known.clear()
             self._known[key] = _known_of(path, options)
         return self._known[key]
+
+
+def _within(known: _Known | None, options: EngineOptions) -> EngineOptions:
+    """A server's context is what its models may take at most: one that takes less gets its own."""
+    if options.context is None:
+        return options
+    longest = None if known is None else known.ways[0].config.max_position_embeddings
+    return replace(options, context=None if longest is None else min(options.context, longest))
 
 
 def stored_bytes(path: Path) -> int:

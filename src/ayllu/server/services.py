@@ -74,7 +74,7 @@ class Services:
             pinned=models,
             **more,
         )
-        self.pulls = Pulls(self.store, None)
+        self.pulls = Pulls(self.store, self._pulled)
         self.generator = Generator(self.models, self.limiter, self.metrics, self.telemetry, self.threads)
         self.runs = Runs(database, self.generator, self.metrics)
         self.used_keys: dict[str, float] = {}
@@ -113,6 +113,10 @@ class Services:
         """Tell the models of the adapters that are registered."""
         listed = await self.database.run(adapters.listed, read=True)
         self.models.set_adapters({one.name: (one.model, Path(one.path)) for one in listed})
+
+    async def _pulled(self, name: str) -> None:
+        self.metrics.pulled("ok")
+        await self.audit("server", "model.pulled", name)
 
     async def audit(self, actor: str, action: str, target: str = "", **details: Any) -> None:
         """Write a line of the audit log."""

@@ -83,23 +83,26 @@ class ContentPart(Strict):
 class FunctionCall(Strict):
     name: str = Field(min_length=1, max_length=MAX_NAME_CHARACTERS)
     arguments: str
+    provider_specific_fields: dict[str, Any] | None = None
 
 
 class MadeCall(Strict):
-    """A call that the assistant made earlier in the conversation."""
+    """A call that the assistant made earlier in the conversation. provider_specific_fields: where litellm
+    keeps what it did not know of our answer, and sends it back; it says nothing new."""
 
     refused: ClassVar[Mapping[str, str]] = {"custom": "Only functions can be called."}
 
     id: str = Field(max_length=MAX_NAME_CHARACTERS)
     type: Literal["function"] = "function"
     function: FunctionCall
+    provider_specific_fields: dict[str, Any] | None = None
 
 
 _FIELDS_OF_ROLE: dict[str, tuple[str, ...]] = {
     "system": ("content", "name"),
     "developer": ("content", "name"),
     "user": ("content", "name"),
-    "assistant": ("content", "name", "tool_calls", "refusal", "annotations"),
+    "assistant": ("content", "name", "tool_calls", "refusal", "annotations", "provider_specific_fields"),
     "tool": ("content", "name", "tool_call_id"),
 }
 
@@ -121,6 +124,7 @@ class ChatMessage(Strict):
     tool_call_id: str | None = Field(default=None, max_length=MAX_NAME_CHARACTERS)
     refusal: str | None = None
     annotations: Annotated[list[Any] | None, Field(max_length=0)] = None
+    provider_specific_fields: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:

@@ -174,7 +174,7 @@ def status_of(error: AylluError) -> int:
         return OVERLOADED
     if status >= 500:
         return 500
-    return status if status in _TYPES else 400
+    return status if status in _TYPES or status == 405 else 400
 
 
 def error_body(error: AylluError) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from pydantic import Field
 from starlette.responses import HTMLResponse, RedirectResponse
 
 from ayllu.engine.openai.body import Strict, validated
-from ayllu.errors import AylluError, NotFoundError, SignInError
+from ayllu.errors import AylluError, ForbiddenError, NotFoundError, SignInError
 from ayllu.server.access import COOKIE, OWN, PUBLIC, SIGNED_IN, Identity, caller
 from ayllu.server.attempts import Attempts
 from ayllu.server.bodies import read_body, read_json
+from ayllu.server.oidc import OidcIdentity
 from ayllu.server.replies import JsonReply
 from ayllu.server.routes.common import documented, new_router, services_of
 from ayllu.server.services import Services
@@ -249,8 +250,11 @@ async def oidc_finish(request: Request) -> Response:
         _attempts(request).failed(_client(request))
         services.metrics.auth_failed("oidc")
         raise
+    # Without a list of admins the provider says nothing of roles: those given here stay.
+    admin = person.admin if services.settings.oidc_admins else None
+    _require_allowed(services, person)
     user = await services.database.run(
-        lambda db: users.signed_in_by_oidc(db, person.issuer, person.subject, person.name, admin=person.admin)
+        lambda db: users.signed_in_by_oidc(db, person.issuer, person.subject, person.name, admin=admin)
     )
     if user.disabled:
         raise SignInError("This account is disabled.", "Ask an admin.")
@@ -258,6 +262,15 @@ async def oidc_finish(request: Request) -> Response:
     await _set_session(request, services, user, "oidc", reply)
     reply.delete_cookie(OIDC_COOKIE)
     return reply
+
+
+def _require_allowed(services: Services, person: OidcIdentity) -> None:
+    """Raises ForbiddenError where the operator let in only some of those whom the provider knows."""
+    allowed = {one.casefold() for one in services.settings.oidc_allowed}
+    email = (person.email or "").casefold() if person.email_verified else ""
+    names = {person.subject.casefold(), email, email.partition("@")[2]} - {""}
+    if allowed and not (allowed & names or person.admin):
+        raise ForbiddenError("This account may not use this server.", "Ask an admin.")
 
 
 def _callback(request: Request, services: Services) -> str:
