@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # What the native CPU runner is compiled from, at installation.
 NATIVE := hatch_build.py $(wildcard src/ayllu/kernels/native/*.cpp src/ayllu/kernels/native/*.h)
+# PostgreSQL and strace, for some tests of the server: installed where this can be done, else those are skipped.
+TOOLS := if [ -x "$$(command -v apt-get)" ] && [ "$$(id -u)" = 0 ]; then sh scripts/install_postgres.sh >/dev/null; fi
 MODEL ?=
 TESTS ?= tests
 
@@ -40,6 +42,7 @@ run: $(VENV)/run-ready ## talk to a model; MODEL=name takes another one
 	@$(BIN)/ayllu chat --pull $(MODEL)
 
 test: $(VENV)/test-ready ## run the tests
+	@$(TOOLS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(TESTS)
 
 test-large: $(VENV)/test-ready ## run the tests that need the larger models (fetches 1.6 GB)

@@ -34,16 +34,24 @@ UNLIMITED_ANSWER = 1024
 
 CHARACTERS_PER_TOKEN = 3
 IMAGE_TOKENS = 1024
+GATHER_S = 0.004
+MOST_GATHER_S = 0.04
+"""Text of an answer waits so long for more, times the answers under way: with many, sending every token at
+once would take more of the processor than a fifth of what computing it does."""
 
 
 class Generation:
     """The events of one call under way. Iterate over it for what has come since the last time."""
 
-    def __init__(self, call: GenerateCall, watches: Sequence[Watch]) -> None:
+    def __init__(
+        self, call: GenerateCall, watches: Sequence[Watch], pace: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        """pace: seconds for which text may be gathered now."""
         self.call = call
         self.prompt_tokens = self.new_tokens = self.cached_tokens = 0
         self.reasons: list[str] = []
         self._watches = watches
+        self._pace = pace
         self._loop = asyncio.get_running_loop()
         self._pending: deque[tuple[int, Event]] = deque()
         self._arrival: asyncio.Future[None] | None = None
@@ -56,7 +64,7 @@ class Generation:
 
         def deliver(event: Event) -> None:
             self._pending.append((part, event))
-            if not self._notified:
+            if not self._notified or isinstance(event, TERMINAL):
                 self._notified = True
                 with suppress(RuntimeError):  # the loop has ended, and with it whoever would read this
                     self._loop.call_soon_threadsafe(self._wake)
@@ -83,9 +91,11 @@ class Generation:
                     await self._arrival
                 self._arrival = None
             taken = self._take()
-            for part, event in taken:
+            for place, (part, event) in enumerate(taken):
                 self._watches[part].event(event)
                 if isinstance(event, Failed):
+                    if place:
+                        yield taken[:place]
                     raise event.error
                 if isinstance(event, Done):
                     self.prompt_tokens += event.prompt_tokens
@@ -95,6 +105,20 @@ class Generation:
                     self.reasons.append(event.reason)
                 self._open -= isinstance(event, TERMINAL)
             yield taken
+            if self._open and isinstance(taken[-1][1], TextDelta) and (pace := self._pace()):
+                await self._pause(pace)
+
+    async def _pause(self, pace: float) -> None:
+        """Until the next beat, the same for all calls: one waking for all of them disturbs what computes less
+        than one for each. The end of an answer does not wait."""
+        self._arrival = self._loop.create_future()
+        now = self._loop.time()
+        beat = self._loop.call_at(now + pace - now % pace, self._wake)
+        try:
+            await self._arrival
+        finally:
+            beat.cancel()
+            self._arrival = None
 
     def _take(self) -> list[tuple[int, Event]]:
         """All that waits; text that came in several pieces meanwhile, as for a slow reader, becomes one."""
@@ -188,7 +212,7 @@ class Generator:
             )
             for one in call.requests
         ]
-        generation = Generation(call, watches)
+        generation = Generation(call, watches, self._gather_s)
         self.open.add(generation)
         outcome: str | AylluError = "abort"
         try:
@@ -204,6 +228,9 @@ class Generator:
             generation.cancel()
             for watch in watches:
                 watch.ended(outcome)
+
+    def _gather_s(self) -> float:
+        return min(GATHER_S * (len(self.open) - 1), MOST_GATHER_S)
 
     def fail_all(self, error: AylluError) -> None:
         """End everything that is open with `error`."""

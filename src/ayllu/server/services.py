@@ -23,7 +23,7 @@ from ayllu.server.models import ModelPool
 from ayllu.server.oidc import Oidc
 from ayllu.server.pulls import Pulls
 from ayllu.server.runs import Runs
-from ayllu.server.state import adapters, audit, keys, options, users
+from ayllu.server.state import adapters, audit, keys, options, sign_in, uploads, users
 from ayllu.server.state import runs as stored_runs
 from ayllu.server.state.database import Database
 from ayllu.server.telemetry import Telemetry
@@ -137,10 +137,16 @@ class Services:
             await asyncio.sleep(HOUSEKEEPING_S)
             try:
                 await self._write_key_uses()
-                await self.database.run(lambda db: stored_runs.expire(db, time.time()))
+                await self.database.run(_forget_expired)
             except AylluError:
                 _log.exception("housekeeping failed; it is tried again")
 
     async def user_count(self) -> int:
         """How many users there are."""
         return await self.database.run(users.count, read=True)
+
+
+def _forget_expired(db: Any) -> None:
+    now = time.time()
+    for kind in (stored_runs, uploads, sign_in):
+        kind.expire(db, now)

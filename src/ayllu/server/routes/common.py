@@ -71,6 +71,8 @@ def _names_file(value: Any) -> bool:
 def stored_file(services: Services, identity: Identity, file_id: str, param: str) -> bytes:
     """The bytes of a caller's file. Raises InvalidBodyError where there is none. Not for the event loop."""
     try:
-        return services.database.now(lambda db: b"".join(uploads.content(db, file_id, identity.user_id)))
+        return services.database.now(
+            lambda db: b"".join(uploads.content(db, file_id, identity.user_id)), read=True
+        )
     except AylluError as error:
         raise InvalidBodyError(f"{param}: {error.problem}", error.fix, param=param) from error

@@ -171,7 +171,7 @@ async def start_run(request: Request, conversation_id: str) -> Response:
     def read(body: dict[str, Any], image_of: Any) -> Any:
         asked = validated(RunBody, body)
         conversation, history = services.database.now(
-            lambda db: _turns(db, conversation_id, identity, asked.parent_id)
+            lambda db: _turns(db, conversation_id, identity, asked.parent_id), read=True
         )
         if asked.content is None and (not history or history[-1].role != "user"):
             raise InvalidBodyError(

@@ -115,7 +115,7 @@ def _history(services: Services, identity: Identity, response_id: str) -> list[d
         return [item for turn in reversed(turns) for item in turn]
 
     try:
-        return services.database.now(read)
+        return services.database.now(read, read=True)
     except NotFoundError as error:
         raise InvalidBodyError(
             "previous_response_id names no response of yours.",
