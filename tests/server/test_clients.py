@@ -15,9 +15,6 @@ from tests.engine.test_native_process import llama4_folder
 from tests.server.clients.environment import clients_python, run_job
 from tests.server.live_server import PLENTY, LiveServer, served_process
 
-# One worker makes the server and asks it.
-pytestmark = pytest.mark.xdist_group("clients")
-
 TEXT, EMBEDDING = "smollm2-135m-instruct", "all-minilm-l6-v2"
 
 
@@ -54,6 +51,7 @@ def test_the_clients_environment_can_be_made() -> None:
     assert clients_python().exists()
 
 
+@pytest.mark.xdist_group("clients")  # one worker makes the server and asks it
 @pytest.mark.parametrize("job", ["openai", "anthropic", "llm", "litellm", "langchain", "lm_eval"])
 def test_client_works_unchanged(server: LiveServer, job: str, tmp_path: Path) -> None:
     run(server, job, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -344,3 +345,40 @@ def test_one_bad_request_costs_nobody_else_anything(real: Running) -> None:
     for thread in threads:
         thread.join(120)
     assert together == alone
+
+
+def test_nothing_piles_up_over_many_requests_of_all_kinds(real: Running) -> None:
+    """R19 in short: tasks, threads, files and blocks are what they were. The long form, with memory over half
+    an hour, is benchmarks/server_load.py soak."""
+
+    async def tasks() -> int:
+        return len(asyncio.all_tasks())
+
+    def everything() -> tuple[int, int, dict[str, int]]:
+        settled(real)
+        return real.call(tasks()), sum(1 for _ in Path("/proc/self/fd").iterdir()), blocks(real)
+
+    def round_of(client: Any) -> None:
+        client.post("/v1/chat/completions", json=chat("Hi.", max_tokens=3))
+        client.post("/v1/chat/completions", json=chat("Hi.", max_tokens=3, stream=True))
+        client.post("/v1/chat/completions", json=chat("Hi.", n=-1))
+        client.post("/v1/responses", json={"input": "Hi.", "max_output_tokens": 3})
+        client.post("/v1/messages", json={"max_tokens": 3, **chat("Hi.")})
+        client.post("/v1/responses", json={"input": "Hi.", "max_output_tokens": 3, "background": True})
+        client.get("/v1/models")
+        with connect(real) as connection:
+            connection.sendall(raw_request(real, chat("Tell me a story.", max_tokens=300, stream=True)))
+            connection.recv(100)
+
+    with real.client() as client:
+        for _ in range(5):
+            round_of(client)
+        wait_until(lambda: real.services.runs.open == 0)
+        before = everything()
+        for _ in range(40):
+            round_of(client)
+        wait_until(lambda: real.services.runs.open == 0)
+        wait_until(lambda: everything()[0] <= before[0] + 1)
+        after = everything()
+    assert after[2] == before[2]
+    assert after[1] <= before[1] + 2

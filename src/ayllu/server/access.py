@@ -10,12 +10,12 @@ import re
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from ayllu.errors import ForbiddenError, SignInError
+from ayllu.server.guard import is_own_origin, public_origin
 from ayllu.server.state import keys, sign_in
 from ayllu.server.state.records import Key, Scope, Session, User
 
@@ -123,7 +123,7 @@ async def identify(request: Request, database: Database) -> Identity:
         return Identity(found[1], key=found[0])
     token = request.cookies.get(COOKIE)
     if token is not None and len(token) <= MAX_SECRET_CHARACTERS and token.isascii():
-        _require_own_page(request)
+        _require_own_page(request, public_origin(request.app.state.services.settings))
         shown = token
         signed = await database.run(lambda db: sign_in.find_session(db, shown), read=True)
         if signed is not None:
@@ -134,14 +134,14 @@ async def identify(request: Request, database: Database) -> Identity:
     )
 
 
-def _require_own_page(request: Request) -> None:
+def _require_own_page(request: Request, public: str | None) -> None:
     """A cookie goes with every request of a browser, whichever page sends it; only ours may act."""
     if request.method in ("GET", "HEAD", "OPTIONS"):
         return
     origin = request.headers.get("origin")
     site = request.headers.get("sec-fetch-site")
     host = request.headers.get("host", "")
-    if (origin is not None and urlsplit(origin).netloc != host) or (
+    if (origin is not None and not is_own_origin(origin, host, public)) or (
         origin is None and site not in ("same-origin", "none")
     ):
         raise ForbiddenError(

@@ -16,7 +16,7 @@ from ayllu.engine.openai.body import InvalidBodyError
 from ayllu.errors import AylluError, NotFoundError, RequestFailedError, UsageError
 from ayllu.server.access import COOKIE, GuardedRoute
 from ayllu.server.attempts import Attempts
-from ayllu.server.guard import Guard
+from ayllu.server.guard import SECURITY_HEADERS, Guard
 from ayllu.server.replies import ClientLeftError, error_reply
 from ayllu.server.routes import (
     admin,
@@ -111,7 +111,11 @@ async def _unexpected(request: Request, error: Exception) -> Response:
     """The log gets the traceback; the client gets the id to ask for it by."""
     _log.error("unexpected error in %s", request.url.path, exc_info=error)
     problem = f"An error in ayllu (request {request.state.request_id})."
-    return error_reply(request, RequestFailedError(problem, "Please report it."))
+    reply = error_reply(request, RequestFailedError(problem, "Please report it."))
+    # Made outside the guard, which adds these to every other one.
+    headers = {**SECURITY_HEADERS, "cache-control": "no-store", "x-request-id": request.state.request_id}
+    reply.headers.update(headers)
+    return reply
 
 
 def _described(app: FastAPI) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class EventStream(Response):
             async for batch in events:
                 if batch:
                     await self._send(send, b"".join([event.encoded() for event in batch]))
+        self._is_sending = True
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, data: bytes) -> None:
@@ -82,7 +83,11 @@ class EventStream(Response):
                 if silent_s > STALL_S:
                     return
             elif silent_s > KEEP_ALIVE_S * 3 / 4:
-                await self._send(send, b": keep-alive\n\n")
+                # To somebody who reads nothing this waits too, and only here would anybody notice.
+                try:
+                    await asyncio.wait_for(self._send(send, b": keep-alive\n\n"), STALL_S)
+                except TimeoutError:
+                    return
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -11,8 +11,9 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
+from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
 from ayllu.engine.events import TERMINAL, AnswerFinished, Done, Event, Failed, TextDelta
@@ -57,6 +58,7 @@ class Generation:
         self._arrival: asyncio.Future[None] | None = None
         self._notified = False
         self._open = len(call.requests)
+        self._told_tokens = 0
         self.streams: list[Stream] = []
 
     def receiver(self, part: int) -> Callable[[Event], None]:
@@ -76,15 +78,17 @@ class Generation:
         if arrival is not None and not arrival.done():
             arrival.set_result(None)
 
-    @property
-    def used_tokens(self) -> int:
-        """Tokens read and made, as far as they have been told."""
-        return self.prompt_tokens + self.new_tokens
+    def used_tokens(self, asked: int) -> int:
+        """Tokens read and made. What was left half-way counts as it was asked, or as what it told if that
+        is more: an answer without a limit is asked for as a short one."""
+        if not self._open:
+            return self.prompt_tokens + self.new_tokens
+        return max(asked, self._told_tokens) if self.streams else 0
 
     async def batches(self) -> AsyncIterator[list[tuple[int, Event]]]:
         """Everything, in order; a failed part raises its error."""
         while self._open:
-            if not self._pending:
+            while not self._pending:  # woken late, there may be nothing left
                 self._arrival = self._loop.create_future()
                 self._notified = False
                 if not self._pending:
@@ -101,6 +105,8 @@ class Generation:
                     self.prompt_tokens += event.prompt_tokens
                     self.new_tokens += event.new_tokens
                     self.cached_tokens += event.cached_tokens
+                elif isinstance(event, TextDelta):
+                    self._told_tokens += len(event.token_ids)
                 elif isinstance(event, AnswerFinished):
                     self.reasons.append(event.reason)
                 self._open -= isinstance(event, TERMINAL)
@@ -122,16 +128,8 @@ class Generation:
 
     def _take(self) -> list[tuple[int, Event]]:
         """All that waits; text that came in several pieces meanwhile, as for a slow reader, becomes one."""
-        taken: list[tuple[int, Event]] = []
-        while self._pending:
-            part, event = self._pending.popleft()
-            if taken and isinstance(event, TextDelta) and taken[-1][0] == part:
-                last = taken[-1][1]
-                if isinstance(last, TextDelta) and last.index == event.index:
-                    taken[-1] = (part, _joined(last, event))
-                    continue
-            taken.append((part, event))
-        return taken
+        arrived = [self._pending.popleft() for _ in range(len(self._pending))]
+        return [_joined(list(pieces)) for _, pieces in groupby(arrived, _place)]
 
     def fail(self, error: AylluError) -> None:
         """End the call with an error of the server's own."""
@@ -143,13 +141,24 @@ class Generation:
             stream.cancel()
 
 
-def _joined(first: TextDelta, second: TextDelta) -> TextDelta:
-    return TextDelta(
-        first.index,
-        first.text + second.text,
-        first.token_ids + second.token_ids,
-        first.logprobs + second.logprobs,
+def _place(arrived: tuple[int, Event]) -> object:
+    """What text that follows in the same answer has in common; anything else has nothing."""
+    part, event = arrived
+    return (part, event.index) if isinstance(event, TextDelta) else object()
+
+
+def _joined(pieces: list[tuple[int, Event]]) -> tuple[int, Event]:
+    """Pieces of one text as one, all at once: a slow reader's are many."""
+    if len(pieces) == 1:
+        return pieces[0]
+    texts = [event for _, event in pieces if isinstance(event, TextDelta)]
+    whole = TextDelta(
+        texts[0].index,
+        "".join([one.text for one in texts]),
+        tuple(chain.from_iterable([one.token_ids for one in texts])),
+        tuple(chain.from_iterable([one.logprobs for one in texts])),
     )
+    return pieces[0][0], whole
 
 
 class Generator:
@@ -179,7 +188,8 @@ class Generator:
         answers = sum(one.n for one in call.requests)
         cost = _cost(call)
         arrived = time.monotonic()
-        with self.admitted(identity, cost, answers) as ticket:
+        with self.admitted(identity, cost, answers) as ticket, ExitStack() as refused:
+            refused.callback(ticket.settle, 0)  # costs nothing; what began is settled before this
             async with self.models.lease(call.model) as lease:
                 call = replace(
                     call, requests=tuple(replace(one, adapter=lease.adapter) for one in call.requests)
@@ -194,8 +204,7 @@ class Generator:
                         try:
                             yield generation
                         finally:
-                            # What was refused cost nothing; what was left half-way is charged as asked.
-                            ticket.settle(generation.used_tokens or (cost if generation.streams else 0))
+                            ticket.settle(generation.used_tokens(cost))
                             span.ended(
                                 prompt_tokens=generation.prompt_tokens,
                                 new_tokens=generation.new_tokens,

@@ -22,6 +22,7 @@ from ayllu.server.shapes import compact_json
 
 if TYPE_CHECKING:
     from ayllu.server.services import Services
+    from ayllu.settings import Settings
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -32,7 +33,8 @@ CONTENT_SECURITY = (
 SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
+    # Not no-referrer: with that, browsers send the form of our own sign-in page as of no origin at all.
+    "referrer-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "content-security-policy": CONTENT_SECURITY,
@@ -49,6 +51,7 @@ class Guard:
         self._services = services
         settings = services.settings
         public = urlsplit(settings.public_url or "").hostname
+        self._public_origin = public_origin(settings)
         self._hosts = {
             name.lower()
             for name in ("localhost", socket.gethostname(), settings.host, public, *settings.allowed_hosts)
@@ -96,6 +99,10 @@ class Guard:
                 ):
                     await self._app(scope, receive, sending)
                     span.ended(state.get("route", ""), status)
+        except Exception:
+            # Answered further out, or cut off: not what the client did.
+            status = status or 500
+            raise
         finally:
             elapsed = time.monotonic() - started
             route = state.get("route", "other")
@@ -117,7 +124,11 @@ class Guard:
                 f"This server is not called {host[:80]!r}.", "Set allowed_hosts, if it should be."
             )
         origin = headers.get("origin")
-        if origin is None or origin.rstrip("/") in self._origins or urlsplit(origin).netloc == host:
+        if (
+            origin is None
+            or origin.rstrip("/") in self._origins
+            or is_own_origin(origin, host, self._public_origin)
+        ):
             return None
         if scope["method"] in ("GET", "HEAD") and "authorization" not in headers and "cookie" not in headers:
             return None  # it learns nothing: the browser keeps the answer from the page
@@ -143,6 +154,18 @@ class Guard:
     def _allowed_origin(self, headers: dict[str, str]) -> str | None:
         origin = headers.get("origin")
         return origin if origin is not None and origin.rstrip("/") in self._origins else None
+
+
+def public_origin(settings: Settings) -> str | None:
+    """The origin of the server's own pages, where a proxy may give the server another name."""
+    parts = urlsplit(settings.public_url or "")
+    return f"{parts.scheme}://{parts.netloc}" if parts.netloc else None
+
+
+def is_own_origin(origin: str, host: str, public: str | None) -> bool:
+    """Whether a page of `origin` came from this server, which was asked as `host`."""
+    name = origin.partition("://")[2]
+    return origin == public or (bool(name) and name == host)
 
 
 def _headers(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:

@@ -16,6 +16,9 @@ MAX_HEADERS = 100
 HEADER_TIMEOUT_S = 20.0
 """Seconds from the connection, or from the end of the request before, until a request's headers are here."""
 
+UNREAD_TIMEOUT_S = 60.0
+"""Seconds for which a client may read nothing of what waits for it."""
+
 MAX_CONNECTIONS = 2048
 
 
@@ -27,6 +30,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _in_header = True
     _refused = False
     _timer: asyncio.TimerHandle | None = None
+    _reading_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -37,7 +41,43 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_reading_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_reading_timer()
+        if self._is_quiet():
+            self._watch_reader()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_reader()
+
+    def _watch_reader(self, before: int | None = None) -> None:
+        """Cut off who reads nothing: what waits for them holds memory, and a closing transport waits too."""
+        if before is None and self._reading_timer is not None:
+            return
+        self._reading_timer = None
+        unread = self.transport.get_write_buffer_size()
+        # What is written meanwhile, as of a stream that is read, says nothing.
+        is_still = self.flow.write_paused or self._is_quiet()
+        if before is not None and is_still and unread >= before:
+            self.transport.abort()
+        elif unread and is_still:
+            self._reading_timer = self.loop.call_later(UNREAD_TIMEOUT_S, self._watch_reader, unread)
+
+    def _is_quiet(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _stop_reading_timer(self) -> None:
+        if self._reading_timer is not None:
+            self._reading_timer.cancel()
+            self._reading_timer = None
 
     def data_received(self, data: bytes) -> None:
         if self._refused:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from ayllu.server.generation import Generator, streamed
 from ayllu.server.responses.bodies import ResponsesCall
 from ayllu.server.responses.shape import ResponseShape, partial_response
 from ayllu.server.shapes import ServerEvent
+from ayllu.server.state import conversations
 from ayllu.server.state import runs as stored
 from ayllu.server.state.records import Run, RunStatus
 
@@ -36,8 +37,6 @@ MOST_RUNS_OF_A_USER = 64
 
 FINAL = ("response.completed", "response.incomplete", "response.failed", "response.cancelled")
 _log = logging.getLogger("ayllu.server")
-
-OnEnd = Callable[[RunStatus, dict[str, Any]], Awaitable[None]]
 
 
 @dataclass
@@ -99,7 +98,7 @@ class Runs:
 
     async def recover(self) -> list[Run]:
         """After a start: what ran when the server ended is marked so, with what it had said."""
-        return await self._database.run(lambda db: stored.interrupt_all(db, lambda run: _said(db, run)))
+        return await self._database.run(_recovered)
 
     async def start(
         self,
@@ -113,24 +112,31 @@ class Runs:
         request: dict[str, Any],
         durable: bool,
         store: bool = True,
-        on_end: OnEnd | None = None,
     ) -> LiveRun:
-        """Start a run. durable: it is stored before it begins and as it goes, and outlives its connection."""
+        """Start a run. durable: it is stored before it begins and as it goes, and outlives its connection.
+
+        kind 'message': its answer becomes a message of the conversation that `request` names.
+        """
         self._generator.require_running()
         if sum(run.user_id == identity.user_id for run in self._live.values()) >= MOST_RUNS_OF_A_USER:
             raise ConflictError(
                 f"{MOST_RUNS_OF_A_USER} runs of this user are under way.", "Wait for one, or cancel one."
             )
         live = LiveRun(run_id, identity.user_id, shape, durable)
-        if durable:
-            await self._database.run(
-                lambda db: stored.create(
-                    db, user_id=identity.user_id, kind=kind, model=model, request=request, id=run_id
-                )
-            )
+        # Before anything is waited for: many requests at once would all find room otherwise.
         self._live[run_id] = live
+        if durable:
+            try:
+                await self._database.run(
+                    lambda db: stored.create(
+                        db, user_id=identity.user_id, kind=kind, model=model, request=request, id=run_id
+                    )
+                )
+            except BaseException:
+                del self._live[run_id]
+                raise
         self._metrics.runs_open(len(self._live))
-        record = _Record(kind, model, request, store or durable, on_end)
+        record = _Record(kind, model, request, store or durable)
         live.task = asyncio.create_task(self._drive(live, identity, call, record), name=f"run {run_id}")
         return live
 
@@ -227,8 +233,11 @@ class Runs:
             error = {"message": str(failed), "type": "RequestFailedError"}
             last = [*live.shape.failed(failed)]
         # Whatever cancels from here on must not keep the end from being stored.
+        # Nor may this task end before it: whoever stopped the run waits for this one, and reads it then.
         ending = asyncio.create_task(self._end(live, record, storing, status, error, last))
-        await asyncio.shield(ending)
+        while not ending.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.shield(ending)
 
     async def _end(
         self,
@@ -240,17 +249,16 @@ class Runs:
         last: Sequence[ServerEvent],
     ) -> None:
         live.closing.set()
-        if storing is not None:
-            await storing
-        result = _response_in(last) or live.shape.snapshot("failed")
-        if status == "completed" and result.get("status") in ("incomplete", "cancelled"):
-            status = result["status"]
         try:
-            if record.on_end is not None:
-                await record.on_end(status, result)
+            if storing is not None:
+                await storing
+            result = _response_in(last) or live.shape.snapshot("failed")
+            if status == "completed" and result.get("status") in ("incomplete", "cancelled"):
+                status = result["status"]
             if record.store and (live.durable or live.refusal is None):
                 await self._store_end(live, record, status, result, error, last)
-        except AylluError:
+        except Exception:
+            # Whatever it was: readers must not wait for ever.
             _log.exception("the end of run %s could not be stored", live.id)
         live.ended = True
         live.say(last)
@@ -281,6 +289,8 @@ class Runs:
                 )
             stored.append(db, live.id, first, [json.loads(event.data) for event in unstored])
             stored.finish(db, live.id, status, result, error)
+            if record.kind == "message":
+                _answer(db, live.id, live.user_id, record.request, result)
 
         await self._database.run(store)
 
@@ -310,7 +320,6 @@ class _Record:
     model: str
     request: dict[str, Any]
     store: bool
-    on_end: OnEnd | None
 
 
 def _response_in(events: Sequence[ServerEvent]) -> dict[str, Any] | None:
@@ -318,6 +327,34 @@ def _response_in(events: Sequence[ServerEvent]) -> dict[str, Any] | None:
         return None
     response: dict[str, Any] = json.loads(events[-1].data)["response"]
     return response
+
+
+def _answer(db: Any, run_id: str, user_id: str, request: dict[str, Any], result: dict[str, Any]) -> None:
+    """Put an answer into its conversation, as far as it went: in the very transaction that ends the run, so
+    that there are never one and a half."""
+    content = [
+        part
+        for item in result.get("output", [])
+        if item.get("type") == "message"
+        for part in item.get("content", [])
+    ]
+    if not content and result.get("status") != "completed":
+        return
+    conversation_id, parent_id = request["conversation_id"], request["parent_id"]
+    # The conversation may be gone by now, or full: the run has ended all the same.
+    with contextlib.suppress(NotFoundError, ConflictError):
+        message = conversations.add_message(
+            db, conversation_id, user_id, parent_id, "assistant", content, run_id
+        )
+        conversations.update(db, conversation_id, user_id, head_id=message.id)
+
+
+def _recovered(db: Any) -> list[Run]:
+    interrupted = stored.interrupt_all(db, lambda run: _said(db, run))
+    for run in interrupted:
+        if run.kind == "message" and run.result is not None:
+            _answer(db, run.id, run.user_id, run.request, run.result)
+    return interrupted
 
 
 def _said(db: Any, run: Run) -> dict[str, Any] | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,12 @@ from checks import (
     png,
     report,
 )
+from click.testing import CliRunner
+from llm.cli import cli
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="llm-user-")
 HOME = Path(_FOLDER.name)
+os.environ["LLM_USER_PATH"] = _FOLDER.name
 MODELS = f"""\
 - model_id: here
   model_name: {MODEL}
@@ -57,15 +58,8 @@ GREEDY = ("-o", "temperature", "0", "-o", "max_tokens", "24")
 
 def llm(*arguments: str, code: int = 0) -> str:
     """What the command prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "llm", *arguments],
-        env={**os.environ, "LLM_USER_PATH": str(HOME)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    equal(done.returncode, code, f"llm {' '.join(arguments)} said {done.stderr[-500:]!r} and ended with")
+    done = CliRunner().invoke(cli, arguments)
+    equal(done.exit_code, code, f"llm {' '.join(arguments)} said {done.output[-500:]!r} and ended with")
     return done.stdout if code == 0 else done.stderr
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import math
 import struct
@@ -28,7 +29,7 @@ from checks import (
     png,
     report,
 )
-from openai import OpenAI
+from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
 client = OpenAI(base_url=f"{BASE_URL}/v1", api_key=KEY, max_retries=0, timeout=300)
@@ -296,6 +297,28 @@ def max_completion_tokens_is_a_limit() -> None:
     equal(made.usage.completion_tokens, 3)
 
 
+@check
+def many_at_once_get_what_one_alone_gets() -> None:
+    """And a reader who leaves early takes nothing from the others."""
+    prompts: list[Any] = [[{"role": "user", "content": f"Count from {start}."}] for start in range(8)]
+
+    async def together() -> list[str | None]:
+        async with AsyncOpenAI(base_url=f"{BASE_URL}/v1", api_key=KEY, max_retries=0) as many:
+            left = await many.chat.completions.create(
+                model=MODEL, messages=MESSAGES, stream=True, max_tokens=1000, extra_body={"ignore_eos": True}
+            )
+            async for _ in left:
+                break
+            await left.close()
+            made = await asyncio.gather(
+                *(many.chat.completions.create(messages=messages, **GREEDY) for messages in prompts)
+            )
+        return [one.choices[0].message.content for one in made]
+
+    alone = [client.chat.completions.create(messages=messages, **GREEDY) for messages in prompts]
+    equal(asyncio.run(together()), [one.choices[0].message.content for one in alone])
+
+
 # Text completions
 
 
@@ -546,6 +569,17 @@ def files_are_uploaded_listed_read_and_deleted() -> None:
     raise AssertionError("a deleted file is still there")
 
 
+@check
+def files_come_in_pages() -> None:
+    made = [client.files.create(file=(f"{n}.txt", b"x"), purpose="user_data").id for n in range(5)]
+    pages = list(client.files.list(purpose="user_data", limit=2).iter_pages())
+    listed = [one.id for page in pages for one in page.data]
+    equal([one for one in listed if one in made], made[::-1], "newest first")
+    assert len(pages) >= 3 and all(len(page.data) <= 2 for page in pages)
+    for file_id in made:
+        client.files.delete(file_id)
+
+
 def _looked_at(url: str) -> Any:
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what?"}]
     made = client.chat.completions.create(
@@ -632,6 +666,20 @@ def bad_requests_name_the_field() -> None:
         ),
     )
     equal(error.code, "context_length_exceeded")
+    error = _refused(openai.BadRequestError, lambda: _looked_at("https://example.com/cat.png"))
+    assert error.param and error.param.startswith("messages.0.content.0.image_url"), error.param
+    error = _refused(
+        openai.BadRequestError,
+        lambda: client.chat.completions.create(
+            model=MODEL,
+            messages=[
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": data_url(png(0, 0, 0))}}],
+                }
+            ],
+        ),
+    )
 
 
 @check

@@ -12,7 +12,7 @@ from ayllu.server.anthropic.bodies import CountTokensBody, MessagesBody, count_t
 from ayllu.server.anthropic.shape import MessagesShape
 from ayllu.server.generation import collected, streamed
 from ayllu.server.replies import JsonReply, stream_reply, unless_client_leaves
-from ayllu.server.routes.common import documented, new_router, parsed, services_of
+from ayllu.server.routes.common import counting, documented, new_router, parsed, services_of
 
 router = new_router("Anthropic")
 
@@ -45,7 +45,7 @@ async def count_tokens(request: Request) -> Response:
     call = await parsed(
         request, lambda body, image_of: count_tokens_call(body, tenant=identity.tenant, image_of=image_of)
     )
-    with services.generator.admitted(identity, 0):
+    with counting(request):
         async with services.models.lease(call.model) as lease:
             asked = call.requests[0]
             count = await asyncio.to_thread(prompt_tokens, lease.engine, asked.prompt, asked.tool_use)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -13,6 +14,7 @@ from ayllu.engine.openai.body import InvalidBodyError
 from ayllu.errors import AylluError
 from ayllu.server.access import GuardedRoute, Identity, caller
 from ayllu.server.bodies import THREAD_BYTES, read_json
+from ayllu.server.generation import CHARACTERS_PER_TOKEN
 from ayllu.server.media import collect_images
 from ayllu.server.services import Services
 from ayllu.server.state import uploads
@@ -40,8 +42,13 @@ def documented(model: type[BaseModel], *, example: Mapping[str, Any] | None = No
     return {"requestBody": {"required": True, "content": {"application/json": media}}, "x-body": model}
 
 
-async def parsed(request: Request, read: Callable[[dict[str, Any], ImageOf], Read]) -> Read:
-    """The request's JSON body, read by `read`, which may ask for the bytes of images by their URL."""
+async def parsed(
+    request: Request, read: Callable[[dict[str, Any], ImageOf], Read], *, looks_up: bool = False
+) -> Read:
+    """The request's JSON body, read by `read`, which may ask for the bytes of images by their URL.
+
+    looks_up: `read` asks the database, so it never runs in the event loop.
+    """
     services = services_of(request)
     body = await read_json(request)
     identity = caller(request)
@@ -53,16 +60,30 @@ async def parsed(request: Request, read: Callable[[dict[str, Any], ImageOf], Rea
         return stored_file(services, identity, url, param)
 
     # Short conversations are read at once; files and images would hold everybody up.
-    size = int(request.headers.get("content-length") or THREAD_BYTES + 1)
-    if size <= THREAD_BYTES and not images and not _names_file(body):
+    if request.state.body_bytes <= THREAD_BYTES and not images and not looks_up and not _names_file(body):
         return read(body, image_of)
     return await asyncio.to_thread(read, body, image_of)
+
+
+@contextmanager
+def counting(request: Request) -> Iterator[None]:
+    """A place for a request that counts tokens: a long text holds as much of the queue as one that is
+    answered, but only as long as it is counted."""
+    tokens = request.state.body_bytes // CHARACTERS_PER_TOKEN
+    with services_of(request).generator.admitted(caller(request), tokens) as ticket:
+        try:
+            yield
+        finally:
+            ticket.settle(0)
+
+
+_NAMING = frozenset(("file_id", "image_url", "source"))
 
 
 def _names_file(value: Any) -> bool:
     """Whether a stored file may be meant somewhere: those lie in the database."""
     if isinstance(value, dict):
-        return "file_id" in value or any(map(_names_file, value.values()))
+        return not _NAMING.isdisjoint(value) or any(map(_names_file, value.values()))
     if isinstance(value, list):
         return any(map(_names_file, value))
     return isinstance(value, str) and value.startswith("file-")

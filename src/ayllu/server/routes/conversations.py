@@ -19,11 +19,9 @@ from ayllu.server.replies import JsonReply
 from ayllu.server.responses.bodies import responses_call
 from ayllu.server.responses.shape import ResponseShape
 from ayllu.server.routes.common import documented, new_router, parsed, services_of
-from ayllu.server.runs import OnEnd
-from ayllu.server.services import Services
 from ayllu.server.state import conversations
 from ayllu.server.state import runs as stored_runs
-from ayllu.server.state.records import RunStatus, StoredMessage
+from ayllu.server.state.records import StoredMessage
 
 router = new_router("Conversations")
 
@@ -184,7 +182,7 @@ async def start_run(request: Request, conversation_id: str) -> Response:
         raw.update(given)
         return asked, content, responses_call(given, tenant=identity.tenant, image_of=image_of)
 
-    asked, content, call = await parsed(request, read)
+    asked, content, call = await parsed(request, read, looks_up=True)
     services.generator.require_running()
     name = services.models.resolve(call.generate.model)
     model = name.adapter or name.name
@@ -207,7 +205,6 @@ async def start_run(request: Request, conversation_id: str) -> Response:
         model=model,
         request={"conversation_id": conversation_id, "parent_id": parent_id, "input_items": []},
         durable=True,
-        on_end=_answer_writer(services, identity, conversation_id, parent_id, run_id),
     )
     message = None if parent is None else asdict(parent)
     return JsonReply({"run_id": run_id, "message": message, "parent_id": parent_id, "model": model}, 201)
@@ -251,32 +248,6 @@ def _response_body(
         turns.append({"type": "message", "role": "user", "content": content})
     body["input"] = turns
     return body
-
-
-def _answer_writer(
-    services: Services, identity: Identity, conversation_id: str, parent_id: str | None, run_id: str
-) -> OnEnd:
-    """Puts the answer into the conversation, as far as it went."""
-
-    async def write(status: RunStatus, result: dict[str, Any]) -> None:
-        parts = [
-            part
-            for item in result.get("output", [])
-            if item.get("type") == "message"
-            for part in item.get("content", [])
-        ]
-        if not parts and status in ("failed", "cancelled", "interrupted"):
-            return
-
-        def add(db: Any) -> None:
-            message = conversations.add_message(
-                db, conversation_id, identity.user_id, parent_id, "assistant", parts, run_id
-            )
-            conversations.update(db, conversation_id, identity.user_id, head_id=message.id)
-
-        await services.database.run(add)
-
-    return write
 
 
 @router.get("/api/runs", response_class=Response)

@@ -14,6 +14,7 @@ from starlette.responses import StreamingResponse
 from ayllu.engine.openai.body import InvalidBodyError
 from ayllu.errors import NoSpaceError, TooLargeError
 from ayllu.server.access import INFERENCE, OWN_INFERENCE, caller
+from ayllu.server.bodies import body_pieces
 from ayllu.server.replies import JsonReply
 from ayllu.server.routes.common import new_router, services_of
 from ayllu.server.state import uploads
@@ -106,16 +107,9 @@ async def _form(request: Request, most: int) -> Any:
     if stated.isdecimal() and int(stated) > most + FORM_OVERHEAD:
         raise _too_large(most)
 
-    async def bounded() -> AsyncIterator[bytes]:
-        total = 0
-        async for piece in request.stream():
-            total += len(piece)
-            if total > most + FORM_OVERHEAD:
-                raise _too_large(most)
-            yield piece
-
+    pieces = body_pieces(request, most + FORM_OVERHEAD, _too_large(most))
     try:
-        parser = MultiPartParser(request.headers, bounded(), max_files=1, max_fields=16)  # type: ignore[arg-type]
+        parser = MultiPartParser(request.headers, pieces, max_files=1, max_fields=16)  # type: ignore[arg-type]
         return await parser.parse()
     except (MultiPartException, KeyError, ValueError, AssertionError) as error:
         raise InvalidBodyError(

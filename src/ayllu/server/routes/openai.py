@@ -16,9 +16,10 @@ from ayllu.errors import UnsupportedError
 from ayllu.server.access import INFERENCE, caller
 from ayllu.server.bodies import read_json
 from ayllu.server.generation import CHARACTERS_PER_TOKEN, collected, streamed
+from ayllu.server.model_slot import in_daemon_thread
 from ayllu.server.openai.shape import CompletionShape
 from ayllu.server.replies import JsonReply, stream_reply, unless_client_leaves
-from ayllu.server.routes.common import documented, new_router, parsed, services_of
+from ayllu.server.routes.common import counting, documented, new_router, parsed, services_of
 
 router = new_router("OpenAI")
 
@@ -66,13 +67,15 @@ async def embeddings(request: Request) -> Response:
         raise UnsupportedError(
             f"{name.adapter} is an adapter, and makes no embeddings.", "Name the model itself."
         )
-    tokens = sum(len(text) for text in call.request.inputs) // CHARACTERS_PER_TOKEN
+    tokens = sum(
+        len(given) // CHARACTERS_PER_TOKEN + 1 if isinstance(given, str) else len(given)
+        for given in call.request.inputs
+    )
     services.generator.require_running()
     with services.generator.admitted(identity, tokens) as ticket:
         async with services.models.lease(call.model) as lease:
-            made = await asyncio.get_running_loop().run_in_executor(
-                services.threads, lease.engine.embed, call.request
-            )
+            # A thread of its own, one for each that was let in: others' requests are prepared meanwhile.
+            made = await in_daemon_thread(lease.engine.embed, call.request)
             ticket.settle(made.prompt_tokens)
             body = await asyncio.to_thread(partial(embeddings_body, call, made, model=lease.name))
     return JsonReply(body)
@@ -85,7 +88,7 @@ async def tokenize(request: Request) -> Response:
     """A text or a conversation as the model's tokens."""
     services = services_of(request)
     body = await read_json(request)
-    with services.generator.admitted(caller(request), 0):
+    with counting(request):
         async with services.models.lease(_model(body)) as lease:
             return JsonReply(await asyncio.to_thread(tokenize_body, body, lease.engine))
 
@@ -97,7 +100,7 @@ async def detokenize(request: Request) -> Response:
     """Tokens as text."""
     services = services_of(request)
     body = await read_json(request)
-    with services.generator.admitted(caller(request), 0):
+    with counting(request):
         async with services.models.lease(_model(body)) as lease:
             return JsonReply(await asyncio.to_thread(detokenize_body, body, lease.engine))
 

@@ -40,7 +40,7 @@ async def create(request: Request) -> Response:
         history = _history(services, identity, previous) if isinstance(previous, str) else ()
         return responses_call(body, tenant=identity.tenant, history=history, image_of=image_of)
 
-    call = await parsed(request, read)
+    call = await parsed(request, read, looks_up=True)
     services.note_use(identity)
     name = services.models.resolve(call.generate.model)
     response_id = f"resp_{secrets.token_hex(20)}"

@@ -7,6 +7,7 @@ ends it from another browser.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from dataclasses import asdict
 from html import escape
 from typing import Any
@@ -62,14 +63,17 @@ async def by_password(request: Request) -> Response:
     """Sign in with a name and a password."""
     services = services_of(request)
     body = validated(PasswordBody, await read_json(request, max_bytes=16 << 10))
-    _attempts(request).require(_client(request), body.name.casefold())
+    who = (_client(request), f"name {body.name.casefold()}")
+    _attempts(request).require(*who)
+    _attempts(request).failed(*who)
     found = await services.database.run(lambda db: users.password_hash(db, body.name), read=True)
     # The same work for a user who does not exist: how long it takes must not tell.
-    right = await asyncio.to_thread(passwords.verify_password, found[1] if found else None, body.password)
+    async with _attempts(request).turn:
+        right = await asyncio.to_thread(passwords.verify_password, found[1] if found else None, body.password)
     if found is None or not right or found[0].disabled:
-        _attempts(request).failed(_client(request), body.name.casefold())
         services.metrics.auth_failed("password")
         raise SignInError("The name or the password is wrong.", "Try again, or ask an admin for a link.")
+    _attempts(request).succeeded(*who)
     return await _signed_in(request, services, found[0], "password")
 
 
@@ -148,7 +152,16 @@ def _is_secure(request: Request, services: Services) -> bool:
 
 
 def _client(request: Request) -> str:
-    return request.client.host if request.client is not None else ""
+    """The address that signs in. Behind a proxy it is the last that the proxy names, or one person's mistakes
+    would keep everybody out; of IPv6 the network, of which everybody has all addresses."""
+    address = request.client.host if request.client is not None else ""
+    if services_of(request).settings.public_url:
+        address = request.headers.get("x-forwarded-for", address).rpartition(",")[2].strip()[:64]
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return address if ip.version == 4 else str(ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
 
 
 @router.post("/api/sign-out", response_class=Response)
