@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import signal
 import socket
 import struct
@@ -81,7 +82,9 @@ def main(model: str, data: str, trace: str) -> None:
             assert error.code == 400
             print("answered")
     finally:
-        server.send_signal(signal.SIGTERM)
+        # strace itself takes no signals: the server is its child.
+        for child in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text("ascii").split():
+            os.kill(int(child), signal.SIGTERM)
         server.wait(60)
 
 

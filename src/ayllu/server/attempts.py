@@ -41,7 +41,7 @@ class Attempts:
                 self._failures[name] = moments
 
     def failed(self, *who: str) -> None:
-        """Remember a failure. What takes its time is remembered before, or many at once would all be let in."""
+        """Remember a failure: before the check where that takes time, or many at once would all be let in."""
         now = self._clock()
         for name in who:
             recent = [moment for moment in self._failures.pop(name, ()) if now - moment < WINDOW_S]

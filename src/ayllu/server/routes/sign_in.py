@@ -156,12 +156,12 @@ def _client(request: Request) -> str:
     would keep everybody out; of IPv6 the network, of which everybody has all addresses."""
     address = request.client.host if request.client is not None else ""
     if services_of(request).settings.public_url:
-        address = request.headers.get("x-forwarded-for", address).rpartition(",")[2].strip()[:64]
+        address = ([address] + request.headers.getlist("x-forwarded-for"))[-1].rpartition(",")[2].strip()[:64]
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return address
-    return address if ip.version == 4 else str(ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
+    return address if ip.version == 4 else str(ipaddress.IPv6Network((int(ip) >> 64 << 64, 64)))
 
 
 @router.post("/api/sign-out", response_class=Response)
