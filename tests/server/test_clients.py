@@ -51,7 +51,6 @@ def test_the_clients_environment_can_be_made() -> None:
     assert clients_python().exists()
 
 
-@pytest.mark.xdist_group("clients")  # one worker makes the server and asks it
 @pytest.mark.parametrize("job", ["openai", "anthropic", "llm", "litellm", "langchain", "lm_eval"])
 def test_client_works_unchanged(server: LiveServer, job: str, tmp_path: Path) -> None:
     run(server, job, tmp_path)

@@ -226,6 +226,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "tiny", "prompt": "x"},
     "/v1/embeddings": {"model": "tiny", "input": "x"},
     "/v1/responses": {"model": "tiny", "input": "x", "store": False},
+    "/v1/responses/input_tokens": {"model": "tiny", "input": "x"},
     "/v1/messages": {"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": "x"}]},
     "/v1/messages/count_tokens": {"model": "tiny", "messages": [{"role": "user", "content": "x"}]},
     "/tokenize": {"model": "tiny", "prompt": "x"},

@@ -123,7 +123,7 @@ def _serve(settings: Settings, names: list[str], pull: bool) -> None:
 
     from ayllu.cli.opening import find_or_pull
     from ayllu.server.logs import secrets_of, set_up_logging
-    from ayllu.server.serve import require_safe_address, run
+    from ayllu.server.serve import listen, require_safe_address, run
     from ayllu.server.state.database import Database
 
     require_safe_address(settings)
@@ -132,12 +132,14 @@ def _serve(settings: Settings, names: list[str], pull: bool) -> None:
     if not names:
         default = find_or_pull(None, pull, settings)
         found = [(default.name, default.path)]
+    listening = listen(settings)
     database = Database.open(settings.database, settings.data)
     try:
         uvloop.run(
             run(
                 settings,
                 database,
+                listening,
                 engine_options=lambda name: _options(settings, name, pull),
                 models=found,
                 load=[name for name, _ in found],

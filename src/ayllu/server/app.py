@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -52,6 +53,7 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     app.state.attempts = Attempts()
+    app.state.described, app.state.describing = None, asyncio.Lock()
     for module in ROUTERS:
         # The very routes, not copies that FastAPI makes of them when they are asked for: these are checked.
         app.router.routes.extend(module.router.routes)

@@ -11,6 +11,7 @@ import contextlib
 import ipaddress
 import logging
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +52,18 @@ def require_safe_address(settings: Settings) -> None:
         f"Listening on {settings.host} without TLS would show keys and passwords to the network.",
         "Set --tls-certificate and --tls-key; or --public-url https://… of a proxy; or --plain-http.",
     )
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The socket to serve on. Raises UsageError where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise UsageError(
+            f"{settings.host}, port {settings.port}, cannot be listened on: {error.strerror or error}.",
+            "Choose another: --port, or --host.",
+        ) from error
 
 
 def _is_loopback(host: str) -> bool:
@@ -144,6 +157,7 @@ def new_server(services: Services, *, port: int | None = None) -> StoppableServe
 async def run(
     settings: Settings,
     database: Database,
+    listening: socket.socket,
     *,
     engine_options: Callable[[str], EngineOptions],
     models: Sequence[tuple[str, Path]],
@@ -157,7 +171,7 @@ async def run(
     loading = asyncio.create_task(_load(services, load, say))
     announcing = asyncio.create_task(_announce(server, services, say))
     try:
-        await server.serve()
+        await server.serve([listening])
     finally:
         loading.cancel()
         announcing.cancel()

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from ayllu.engine.openai.body import InvalidBodyError, Strict, at, read_json_object
-from ayllu.engine.openai.messages import ChatMessage, Tool, ToolChoice, as_tool_choice
+from ayllu.engine.openai.messages import ChatMessage, Tool, ToolChoiceField
 from ayllu.engine.requests import (
     HIGHEST_PRIORITY,
     LOWEST_PRIORITY,
@@ -75,9 +75,10 @@ class StructuredOutputs(Strict):
     `syntax` of a grammar is our own addition: without it, a grammar with a rule `name ::= …` is EBNF.
     """
 
-    json_: Annotated[dict[str, Any] | None, BeforeValidator(_parsed_schema)] = Field(
-        default=None, alias="json"
-    )
+    json_: Annotated[
+        dict[str, Any] | None,
+        BeforeValidator(_parsed_schema, json_schema_input_type=dict[str, Any] | str | None),
+    ] = Field(default=None, alias="json")
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
@@ -119,7 +120,7 @@ class GenerateBody(Strict):
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]] | None,
         Field(max_length=MAX_STOPS),
-        BeforeValidator(_as_list),
+        BeforeValidator(_as_list, json_schema_input_type=str | list[str] | None),
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -165,7 +166,7 @@ class ChatBody(GenerateBody):
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Annotated[ToolChoice | None, BeforeValidator(as_tool_choice)] = None
+    tool_choice: ToolChoiceField = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
 
@@ -188,7 +189,10 @@ def _are_tokens(value: list[Any]) -> bool:
     return all(type(item) is int and item >= 0 for item in value)
 
 
-Prompts = Annotated[list[Any], BeforeValidator(_prompts)]
+Prompts = Annotated[
+    list[Any],
+    BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
 
 
 class CompletionBody(GenerateBody):

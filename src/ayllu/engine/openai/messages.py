@@ -68,7 +68,9 @@ class ContentPart(Strict):
 
     type: Literal["text", "image_url", "refusal"]
     text: str | None = None
-    image_url: Annotated[ImageUrl | None, BeforeValidator(_as_object)] = None
+    image_url: Annotated[
+        ImageUrl | None, BeforeValidator(_as_object, json_schema_input_type=ImageUrl | str | None)
+    ] = None
     refusal: str | None = None
 
     @model_validator(mode="after")
@@ -118,7 +120,10 @@ class ChatMessage(Strict):
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[list[ContentPart] | None, BeforeValidator(_as_parts)] = None
+    content: Annotated[
+        list[ContentPart] | None,
+        BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart] | None),
+    ] = None
     name: str | None = Field(default=None, max_length=MAX_NAME_CHARACTERS)
     tool_calls: list[MadeCall] | None = None
     tool_call_id: str | None = Field(default=None, max_length=MAX_NAME_CHARACTERS)
@@ -232,7 +237,7 @@ def _tool_call(call: MadeCall, param: str) -> ToolCall:
 
 
 class FunctionDefinition(Strict):
-    """`strict` is honoured where a call is forced, since only there the arguments are held to the schema."""
+    """`strict` changes nothing: arguments are held to the schema from where a call begins, always."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
@@ -292,13 +297,21 @@ def as_tool_choice(value: Any) -> Any:
     return {"type": value} if isinstance(value, str) else value
 
 
+ToolChoiceField = Annotated[
+    ToolChoice | None,
+    BeforeValidator(
+        as_tool_choice, json_schema_input_type=Literal["none", "auto", "required"] | ToolChoice | None
+    ),
+]
+
+
 def tool_use(
     tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None
 ) -> ToolUse | None:
     """What is on offer and whether it must be used; None without tools.
 
     `allowed_tools` offers only those it names: the others could not be called anyway. Raises
-    InvalidBodyError for a choice without its tools, and for `strict` where it could not be kept.
+    InvalidBodyError for a choice without its tools.
     """
     kind: str = choice.type if choice is not None else "auto"
     if not tools:
@@ -321,13 +334,6 @@ def tool_use(
             _known(tool.function.name, names, f"tool_choice.allowed_tools.tools.{number}.function.name")
             for number, tool in enumerate(choice.allowed_tools.tools)
         ]
-    if kind == "auto" and any(offered[name].strict for name in names):
-        raise InvalidBodyError(
-            "tools hold a function with strict = true, which can be kept only where a call is forced.",
-            "Set tool_choice to 'required' or to one function, or leave strict out.",
-            param="tools",
-            code="unsupported_parameter",
-        )
     definitions = tuple(
         ToolDefinition(name, offered[name].description or "", _parameters(offered[name]))
         for name in dict.fromkeys(names)

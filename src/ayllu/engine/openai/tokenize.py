@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from ayllu.engine.openai.body import InvalidBodyError, Strict, blaming, validated
 from ayllu.engine.openai.messages import (
     ChatMessage,
     ImageOf,
     Tool,
-    ToolChoice,
-    as_tool_choice,
+    ToolChoiceField,
     conversation,
     tool_use,
 )
@@ -46,7 +45,7 @@ class TokenizeBody(Strict):
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Annotated[ToolChoice | None, BeforeValidator(as_tool_choice)] = None
+    tool_choice: ToolChoiceField = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None

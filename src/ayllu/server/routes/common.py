@@ -13,11 +13,14 @@ from pydantic import BaseModel
 from ayllu.engine.openai.body import InvalidBodyError
 from ayllu.errors import AylluError
 from ayllu.server.access import GuardedRoute, Identity, caller
-from ayllu.server.bodies import THREAD_BYTES, read_json
+from ayllu.server.bodies import read_json
 from ayllu.server.generation import CHARACTERS_PER_TOKEN
 from ayllu.server.media import collect_images
 from ayllu.server.services import Services
 from ayllu.server.state import uploads
+
+SHORT_BYTES = 8 << 10
+"""A body up to this is checked in the event loop: thousands of wrong fields in a longer one take long."""
 
 Read = TypeVar("Read")
 ImageOf = Callable[[str, str], bytes]
@@ -60,7 +63,7 @@ async def parsed(
         return stored_file(services, identity, url, param)
 
     # Short conversations are read at once; files and images would hold everybody up.
-    if request.state.body_bytes <= THREAD_BYTES and not images and not looks_up and not _names_file(body):
+    if request.state.body_bytes <= SHORT_BYTES and not images and not looks_up and not _names_file(body):
         return read(body, image_of)
     return await asyncio.to_thread(read, body, image_of)
 

@@ -19,6 +19,7 @@ from ayllu.server.replies import JsonReply
 from ayllu.server.responses.bodies import responses_call
 from ayllu.server.responses.shape import ResponseShape
 from ayllu.server.routes.common import documented, new_router, parsed, services_of
+from ayllu.server.shapes import compact_json
 from ayllu.server.state import conversations
 from ayllu.server.state import runs as stored_runs
 from ayllu.server.state.records import StoredMessage
@@ -102,12 +103,15 @@ async def retrieve(request: Request, conversation_id: str) -> Response:
     """A conversation with all its messages, which form a tree."""
     user_id = caller(request).user_id
 
-    def read(db: Any) -> dict[str, Any]:
-        one = conversations.get(db, conversation_id, user_id)
-        messages = conversations.messages(db, conversation_id, user_id)
-        return {**asdict(one), "messages": [asdict(message) for message in messages]}
+    def read(db: Any) -> bytes:
+        one = asdict(conversations.get(db, conversation_id, user_id))
+        found = conversations.messages(db, conversation_id, user_id)
+        # Here, and one after another: a long conversation written at once would hold everybody up.
+        messages = ",".join([compact_json(asdict(message)) for message in found])
+        return f'{compact_json(one)[:-1]},"messages":[{messages}]}}'.encode()
 
-    return JsonReply(await services_of(request).database.run(read, read=True))
+    data = await services_of(request).database.run(read, read=True)
+    return Response(data, media_type="application/json")
 
 
 @router.patch(

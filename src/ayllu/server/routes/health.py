@@ -74,7 +74,12 @@ async def metrics(request: Request) -> Response:
 @PUBLIC
 async def openapi(request: Request) -> Response:
     """The API, described."""
-    return JsonReply(request.app.openapi())
+    state = request.app.state
+    async with state.describing:  # it takes a while, and changes what it reads
+        if state.described is None:
+            state.described = await asyncio.to_thread(lambda: JsonReply(request.app.openapi()))
+    described: JsonReply = state.described
+    return described
 
 
 _DOCS = """<!doctype html><html lang=en><meta charset=utf-8><title>ayllu API</title>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from ayllu.engine.openai.body import InvalidBodyError
+from ayllu.engine.openai.tokenize import prompt_tokens
 from ayllu.errors import ConflictError, NotFoundError
 from ayllu.server.access import INFERENCE, OWN_INFERENCE, Identity, caller
 from ayllu.server.event_stream import EventStream
@@ -34,13 +36,7 @@ async def create(request: Request) -> Response:
     """Answer; keep the answer, unless `store` is false."""
     services = services_of(request)
     identity = caller(request)
-
-    def read(body: dict[str, Any], image_of: Any) -> ResponsesCall:
-        previous = body.get("previous_response_id")
-        history = _history(services, identity, previous) if isinstance(previous, str) else ()
-        return responses_call(body, tenant=identity.tenant, history=history, image_of=image_of)
-
-    call = await parsed(request, read, looks_up=True)
+    call = await _asked(request)
     services.note_use(identity)
     name = services.models.resolve(call.generate.model)
     response_id = f"resp_{secrets.token_hex(20)}"
@@ -99,6 +95,19 @@ async def _tied_stream(runs: Runs, live: LiveRun) -> Response:
     return EventStream(following())
 
 
+async def _asked(request: Request) -> ResponsesCall:
+    """The body, with what the responses before it said."""
+    services = services_of(request)
+    identity = caller(request)
+
+    def read(body: dict[str, Any], image_of: Any) -> ResponsesCall:
+        previous = body.get("previous_response_id")
+        history = _history(services, identity, previous) if isinstance(previous, str) else ()
+        return responses_call(body, tenant=identity.tenant, history=history, image_of=image_of)
+
+    return await parsed(request, read, looks_up=True)
+
+
 def _history(services: Services, identity: Identity, response_id: str) -> list[dict[str, Any]]:
     """The items of a chain of responses, oldest first. Not for the event loop."""
 
@@ -123,6 +132,19 @@ def _history(services: Services, identity: Identity, response_id: str) -> list[d
             param="previous_response_id",
             code="previous_response_not_found",
         ) from error
+
+
+@router.post("/v1/responses/input_tokens", openapi_extra=documented(ResponsesBody), response_class=Response)
+@INFERENCE
+async def input_tokens(request: Request) -> Response:
+    """How many tokens an input has."""
+    services = services_of(request)
+    call = (await _asked(request)).generate
+    with services.generator.admitted(caller(request), 0):
+        async with services.models.lease(call.model) as lease:
+            asked = call.requests[0]
+            count = await asyncio.to_thread(prompt_tokens, lease.engine, asked.prompt, asked.tool_use)
+    return JsonReply({"object": "response.input_tokens", "input_tokens": count})
 
 
 @router.get("/v1/responses/{response_id}", response_class=Response)

@@ -156,7 +156,8 @@ def _client(request: Request) -> str:
     would keep everybody out; of IPv6 the network, of which everybody has all addresses."""
     address = request.client.host if request.client is not None else ""
     if services_of(request).settings.public_url:
-        address = ([address] + request.headers.getlist("x-forwarded-for"))[-1].rpartition(",")[2].strip()[:64]
+        named = [address, *request.headers.getlist("x-forwarded-for")]
+        address = named[-1].rpartition(",")[2].strip()[:64]
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:

@@ -44,8 +44,9 @@ class Engines:
 
     def dispose(self) -> None:
         """Close every connection that is not in use."""
-        self.writing.dispose()
+        # The last one to close a SQLite file tidies up its log, which a reader may not.
         self.reading.dispose()
+        self.writing.dispose()
 
 
 def open_engines(url: str | None, folder: Path) -> Engines:
