@@ -427,3 +427,20 @@ def test_counting_a_long_text_takes_room_in_the_queue(tmp_path: Path) -> None:
         assert counted.status_code == 400
         assert "queue_tokens" in counted.text
         assert server.services.limiter.held == 0
+
+
+@pytest.mark.parametrize("path", ["responses", "conversation"])
+def test_a_run_that_is_refused_is_not_stored(tmp_path: Path, path: str) -> None:
+    with running(tmp_path, script=play, requests_per_minute=1) as server, server.client() as client:
+        conversation = client.post("/api/conversations", json={}).json()["id"]
+        url, body = {
+            "responses": ("/v1/responses", {"input": "x", "background": True}),
+            "conversation": (f"/api/conversations/{conversation}/runs", {"content": "x"}),
+        }[path]
+        assert client.post(url, json=body).is_success
+        refused = client.post(url, json=body)
+        assert refused.status_code == 429
+        assert "retry-after" in refused.headers
+        assert len(client.get("/api/runs").json()["runs"]) == 1
+        wait_until(lambda: server.services.limiter.held == 0)
+        assert server.services.limiter.held_tokens == 0

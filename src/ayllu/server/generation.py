@@ -181,15 +181,22 @@ class Generator:
         self._threads = threads
 
     @asynccontextmanager
-    async def generate(self, identity: Identity, call: GenerateCall) -> AsyncIterator[Generation]:
-        """The call under way. Raises what refuses it: UnknownModelError, OverloadedError, as the engine."""
+    async def generate(
+        self, identity: Identity, call: GenerateCall, held: Ticket | None = None
+    ) -> AsyncIterator[Generation]:
+        """The call under way. Raises what refuses it: UnknownModelError, OverloadedError, as the engine.
+
+        held: what `admit_call` gave for it before.
+        """
         self.require_running()
         self.models.resolve(call.model)
         answers = sum(one.n for one in call.requests)
         cost = _cost(call)
         arrived = time.monotonic()
-        with self.admitted(identity, cost, answers) as ticket, ExitStack() as refused:
-            refused.callback(ticket.settle, 0)  # costs nothing; what began is settled before this
+        ticket = self.admit_call(identity, call) if held is None else held
+        with ExitStack() as ending:
+            ending.callback(ticket.release)
+            ending.callback(ticket.settle, 0)  # for what was refused; what began is settled before this
             async with self.models.lease(call.model) as lease:
                 call = replace(
                     call, requests=tuple(replace(one, adapter=lease.adapter) for one in call.requests)
@@ -253,12 +260,23 @@ class Generator:
             error.retry_after_s = 5.0  # type: ignore[attr-defined]
             raise error
 
+    def admit_call(self, identity: Identity, call: GenerateCall) -> Ticket:
+        """A place for `call`, to be released by whoever takes it. Raises OverloadedError."""
+        return self._admit(identity, _cost(call), sum(one.n for one in call.requests))
+
     @contextmanager
     def admitted(self, identity: Identity, tokens: int, answers: int = 1) -> Iterator[Ticket]:
         """A place among those that are served. Raises OverloadedError."""
+        ticket = self._admit(identity, tokens, answers)
+        try:
+            yield ticket
+        finally:
+            ticket.release()
+
+    def _admit(self, identity: Identity, tokens: int, answers: int) -> Ticket:
         key = identity.key
         try:
-            ticket = self._limiter.admit(
+            return self._limiter.admit(
                 identity.user_id,
                 None if key is None else key.id,
                 tokens=tokens,
@@ -269,10 +287,6 @@ class Generator:
         except OverloadedError:
             self._metrics.refused("limit")
             raise
-        try:
-            yield ticket
-        finally:
-            ticket.release()
 
     async def _submit(
         self, engine: Engine, generation: Generation, part: int, request: GenerateRequest
@@ -319,11 +333,11 @@ def _prompt_tokens(request: GenerateRequest) -> int:
 
 
 async def streamed(
-    generator: Generator, identity: Identity, call: GenerateCall, shape: Shape
+    generator: Generator, identity: Identity, call: GenerateCall, shape: Shape, held: Ticket | None = None
 ) -> AsyncGenerator[list[ServerEvent]]:
     """What goes to the client of a streamed call. What refuses the call is raised before the first batch, so
     that it can still become an error status; a later error becomes the stream's end."""
-    async with generator.generate(identity, call) as generation:
+    async with generator.generate(identity, call, held) as generation:
         yield [*shape.opening()]
         try:
             async for batch in generation.batches():

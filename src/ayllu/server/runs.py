@@ -27,6 +27,7 @@ from ayllu.server.state.records import Run, RunStatus
 
 if TYPE_CHECKING:
     from ayllu.server.access import Identity
+    from ayllu.server.limits import Ticket
     from ayllu.server.metrics import Metrics
     from ayllu.server.state.database import Database
 
@@ -47,6 +48,7 @@ class LiveRun:
     user_id: str
     shape: ResponseShape
     durable: bool
+    ticket: Ticket | None = None
     events: list[ServerEvent] = field(default_factory=list)
     stored: int = 0
     ended: bool = False
@@ -55,6 +57,12 @@ class LiveRun:
     refusal: AylluError | None = None
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     _waiting: list[asyncio.Future[None]] = field(default_factory=list)
+
+    def give_back(self) -> None:
+        """The place of a run that never got to use it."""
+        if self.ticket is not None:
+            self.ticket.settle(0)
+            self.ticket.release()
 
     def say(self, events: Iterable[ServerEvent]) -> None:
         self.events.extend(events)
@@ -122,7 +130,9 @@ class Runs:
             raise ConflictError(
                 f"{MOST_RUNS_OF_A_USER} runs of this user are under way.", "Wait for one, or cancel one."
             )
-        live = LiveRun(run_id, identity.user_id, shape, durable)
+        # What is to be stored is let in before: a refusal leaves nothing behind.
+        ticket = self._generator.admit_call(identity, call.generate) if durable else None
+        live = LiveRun(run_id, identity.user_id, shape, durable, ticket=ticket)
         # Before anything is waited for: many requests at once would all find room otherwise.
         self._live[run_id] = live
         if durable:
@@ -134,6 +144,7 @@ class Runs:
                 )
             except BaseException:
                 del self._live[run_id]
+                live.give_back()
                 raise
         self._metrics.runs_open(len(self._live))
         record = _Record(kind, model, request, store or durable)
@@ -213,7 +224,7 @@ class Runs:
         last: list[ServerEvent] = []
         error: dict[str, Any] | None = None
         try:
-            events = streamed(self._generator, identity, call.generate, live.shape)
+            events = streamed(self._generator, identity, call.generate, live.shape, live.ticket)
             async with contextlib.aclosing(events):
                 async for batch in events:
                     if batch and batch[-1].name in FINAL:
@@ -249,6 +260,7 @@ class Runs:
         last: Sequence[ServerEvent],
     ) -> None:
         live.closing.set()
+        live.give_back()
         try:
             if storing is not None:
                 await storing

@@ -167,8 +167,6 @@ async def start_run(request: Request, conversation_id: str) -> Response:
     of Responses, to be read, and read again, at /api/runs/{id}/events."""
     services = services_of(request)
     identity = caller(request)
-    # The body is read and checked first; the turns before it come from the database, in the same thread.
-    raw: dict[str, Any] = {}
 
     def read(body: dict[str, Any], image_of: Any) -> Any:
         asked = validated(RunBody, body)
@@ -183,7 +181,6 @@ async def start_run(request: Request, conversation_id: str) -> Response:
             )
         content = None if asked.content is None else _parts(asked.content, "user")
         given = _response_body(conversation.settings, asked, history, content)
-        raw.update(given)
         return asked, content, responses_call(given, tenant=identity.tenant, image_of=image_of)
 
     asked, content, call = await parsed(request, read, looks_up=True)

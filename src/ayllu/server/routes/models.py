@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -18,6 +19,7 @@ from ayllu.server.models import ModelStatus
 from ayllu.server.replies import JsonReply
 from ayllu.server.routes.common import documented, new_router, services_of
 from ayllu.server.shapes import ServerEvent
+from ayllu.server.state import adapters as stored
 
 router = new_router("Models")
 
@@ -172,7 +174,7 @@ async def remove(request: Request, model: str) -> Response:
     """Delete an installed model from this machine."""
     services = services_of(request)
     await services.models.unload(model)
-    await _in_thread(services.store.remove, model)
+    await asyncio.to_thread(services.store.remove, model)
     await services.audit(caller(request).actor, "model.remove", model)
     return JsonReply({"model": model, "deleted": True})
 
@@ -181,8 +183,6 @@ async def remove(request: Request, model: str) -> Response:
 @MODELS
 async def adapters(request: Request) -> Response:
     """The adapters that requests may name."""
-    from ayllu.server.state import adapters as stored
-
     listed = await services_of(request).database.run(stored.listed, read=True)
     return JsonReply({"adapters": [asdict(one) for one in listed]})
 
@@ -191,8 +191,6 @@ async def adapters(request: Request) -> Response:
 @MODELS
 async def add_adapter(request: Request) -> Response:
     """Register an adapter that lies in the server's `adapters` folder."""
-    from ayllu.server.state import adapters as stored
-
     services = services_of(request)
     body = validated(AdapterBody, await read_json(request))
     folder = services.settings.data / "adapters" / body.folder
@@ -213,16 +211,8 @@ async def add_adapter(request: Request) -> Response:
 @MODELS_BY_NAME
 async def remove_adapter(request: Request, name: str) -> Response:
     """Forget an adapter; its files stay."""
-    from ayllu.server.state import adapters as stored
-
     services = services_of(request)
     await services.database.run(lambda db: stored.delete(db, name))
     await services.refresh_adapters()
     await services.audit(caller(request).actor, "adapter.remove", name)
     return JsonReply({"name": name, "deleted": True})
-
-
-async def _in_thread(work: Any, *given: Any) -> Any:
-    import asyncio
-
-    return await asyncio.to_thread(work, *given)
