@@ -7,7 +7,7 @@ who the caller is: by an API key in a header, or by the cookie of a session.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -16,6 +16,7 @@ from fastapi.routing import APIRoute
 
 from ayllu.errors import ForbiddenError, SignInError
 from ayllu.server.guard import is_own_origin, public_origin
+from ayllu.server.recent_callers import secret_of
 from ayllu.server.state import keys, sign_in
 from ayllu.server.state.records import Key, Scope, Session, User
 
@@ -99,14 +100,6 @@ class Identity:
         return self.user.name if self.key is None else f"{self.user.name} (key {self.key.prefix})"
 
 
-def secret_of(headers: Mapping[str, str]) -> str | None:
-    """The API key that a request shows, in any of the places that clients put it."""
-    scheme, _, value = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and value.strip():
-        return value.strip()
-    return headers.get("x-api-key") or headers.get("api-key")
-
-
 async def identify(request: Request, database: Database) -> Identity:
     """Who sent the request. Raises SignInError where that is nobody, or nobody any more."""
     secret = secret_of(request.headers)
@@ -120,6 +113,7 @@ async def identify(request: Request, database: Database) -> Identity:
                 "This API key is not valid: unknown, expired or revoked.",
                 "Make one: `ayllu keys add`, or on the page of your keys.",
             )
+        request.app.state.services.recent_callers.note(secret, found[1].id)
         return Identity(found[1], key=found[0])
     token = request.cookies.get(COOKIE)
     if token is not None and len(token) <= MAX_SECRET_CHARACTERS and token.isascii():

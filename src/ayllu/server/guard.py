@@ -12,12 +12,15 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from fastapi import Request
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ayllu.engine.openai.results import error_body
-from ayllu.errors import AylluError, ForbiddenError
+from ayllu.errors import AylluError, ForbiddenError, OverloadedError
 from ayllu.server.logs import request_context
+from ayllu.server.recent_callers import secret_of
+from ayllu.server.replies import error_reply
 from ayllu.server.shapes import compact_json
 
 if TYPE_CHECKING:
@@ -41,6 +44,9 @@ SECURITY_HEADERS = {
 }
 CORS_METHODS = "GET, POST, PUT, PATCH, DELETE"
 CORS_HEADERS = "authorization, content-type, x-api-key, x-request-id, anthropic-version, anthropic-beta"
+
+
+GENERATING = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"))
 
 
 class Guard:
@@ -92,6 +98,9 @@ class Guard:
                 await _refuse(sending, refusal)
             elif scope["method"] == "OPTIONS" and origin is not None:
                 await _preflight(sending)
+            elif (full := self._full(headers, scope)) is not None:
+                state["route"] = scope["path"]
+                await error_reply(Request(scope), full)(scope, receive, sending)
             else:
                 with (
                     request_context(request_id),
@@ -116,6 +125,21 @@ class Guard:
                 identity=state.get("identity"),
                 client=(scope.get("client") or ("", 0))[0],
             )
+
+    def _full(self, headers: dict[str, str], scope: Scope) -> AylluError | None:
+        """Why a request for an answer has no chance now, seen before it costs anything. In a flood most have
+        none, and reading each of them would take the processor from those that were let in."""
+        if scope["method"] != "POST" or scope["path"] not in GENERATING:
+            return None
+        user_id = self._services.recent_callers.user_of(secret_of(headers))
+        if user_id is None:
+            return None
+        try:
+            self._services.limiter.require_room(user_id)
+        except OverloadedError as error:
+            self._services.metrics.refused("limit")
+            return error
+        return None
 
     def _refusal(self, headers: dict[str, str], scope: Scope) -> AylluError | None:
         host = headers.get("host", "")

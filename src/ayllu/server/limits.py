@@ -261,6 +261,13 @@ class Limiter:
         self._wanting.pop(user_id, None)
         return Ticket(self, user_id, charges, places, tokens)
 
+    def require_room(self, user_id: str) -> None:
+        """Raises what `admit` would for the smallest request of this user, where the queue is the reason.
+        Charges nothing, and knows nothing of who that is but the id."""
+        now = self.clock()
+        account = self._accounts.get(("user", user_id)) or _Account(now)
+        self._require_queue(user_id, account, 1, 0, now)
+
     def _charges(
         self,
         user_id: str,

@@ -22,6 +22,7 @@ from ayllu.server.metrics import Metrics
 from ayllu.server.models import ModelPool
 from ayllu.server.oidc import Oidc
 from ayllu.server.pulls import Pulls
+from ayllu.server.recent_callers import RecentCallers
 from ayllu.server.runs import Runs
 from ayllu.server.state import adapters, audit, keys, options, sign_in, uploads, users
 from ayllu.server.state import runs as stored_runs
@@ -77,6 +78,7 @@ class Services:
         self.pulls = Pulls(self.store, self._pulled)
         self.generator = Generator(self.models, self.limiter, self.metrics, self.telemetry, self.threads)
         self.runs = Runs(database, self.generator, self.metrics)
+        self.recent_callers = RecentCallers()
         self.used_keys: dict[str, float] = {}
         self._housekeeping: asyncio.Task[None] | None = None
 
