@@ -428,7 +428,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--sample", type=float, default=30.0)
     options = parser.parse_args()
-    report = heading(f"server-{options.part}", "ayllu", "uvicorn", "fastapi")
+    report = heading("server_load", "ayllu", "uvicorn", "fastapi")
     report["result"] = PARTS[options.part](options)
     print(f"written to {write_result(f'server-{options.part}', report)}")
 

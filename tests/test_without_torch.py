@@ -111,3 +111,11 @@ def test_neither_process_of_an_engine_loads_what_an_answer_does_not_need(smollm2
     worker, front = ({name.partition(".")[0] for name in line.split()} for line in result.stdout.splitlines())
     assert worker.isdisjoint((*UNUSED, "tokenizers", "jinja2", "typer"))
     assert front.isdisjoint(UNUSED)
+
+
+def test_the_server_is_imported_without_torch_and_without_its_extras() -> None:
+    """`make run` installs neither; what needs them names the extra when it is asked for."""
+    extras = ("psycopg", "joserfc", "opentelemetry.sdk")
+    code = "".join(f"sys.modules[{name!r}] = None\n" for name in extras)
+    done = _run(code + "import ayllu.server.serve, ayllu.cli.serve\nprint('served')\n")
+    assert done.stdout == "served\n", done.stderr
