@@ -444,3 +444,31 @@ def test_a_run_that_is_refused_is_not_stored(tmp_path: Path, path: str) -> None:
         assert len(client.get("/api/runs").json()["runs"]) == 1
         wait_until(lambda: server.services.limiter.held == 0)
         assert server.services.limiter.held_tokens == 0
+
+
+def test_a_key_revokes_itself_and_no_other(tmp_path: Path) -> None:
+    """A key that leaked must not be able to end the work of all others."""
+    with running(tmp_path, load=False) as server:
+        lost, other = server.new_key(server.user), server.new_key(server.user)
+        with server.client(lost) as client:
+            ids = {one["prefix"]: one["id"] for one in client.get("/api/keys").json()["keys"]}
+            of = {
+                key: next(i for prefix, i in ids.items() if key.startswith(prefix)) for key in (lost, other)
+            }
+            assert client.delete(f"/api/keys/{of[other]}").status_code == 403
+            assert client.delete(f"/api/keys/{of[lost]}").status_code == 200
+            assert client.get("/v1/models").status_code == 401
+        with server.client(other) as client:
+            assert client.get("/v1/models").status_code == 200
+
+
+def test_a_hundred_thousand_wrong_messages_are_refused_at_the_first(tmp_path: Path) -> None:
+    """Looking through all of them held everybody up for seconds."""
+    with running(tmp_path) as server, server.client() as client:
+        for path, more in (
+            ("/v1/chat/completions", {}),
+            ("/v1/messages", {"model": "tiny", "max_tokens": 1}),
+        ):
+            refused = client.post(path, json={"messages": [{}] * 90_000, **more})
+            assert refused.status_code == 400
+            assert refused.json()["error"]["message"].startswith("messages.0.")

@@ -123,7 +123,8 @@ class StoppableServer(uvicorn.Server):
         if self._stop_at is None:
             return False
         generator, now = self._services.generator, time.monotonic()
-        if not generator.open and not self._services.runs.open:
+        # The limiter also knows of embeddings, and of those who wait for a model to load.
+        if not generator.open and not self._services.runs.open and not self._services.limiter.held:
             return True
         if now < self._stop_at:
             return False

@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from ayllu.engine.openai.body import InvalidBodyError, Strict, at, read_json_object
-from ayllu.engine.openai.messages import ChatMessage, Tool, ToolChoiceField
+from ayllu.engine.openai.messages import MAX_MESSAGES, ChatMessage, Tool, ToolChoiceField
+from ayllu.engine.parameters import MAX_LOGIT_BIASES
 from ayllu.engine.requests import (
     HIGHEST_PRIORITY,
     LOWEST_PRIORITY,
@@ -114,7 +115,7 @@ class GenerateBody(Strict):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIASES)] | None = None
     max_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
     stop: Annotated[
@@ -161,7 +162,7 @@ class ChatBody(GenerateBody):
         "documents": "Put them into the messages.",
     }
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None

@@ -19,6 +19,7 @@ from ayllu.engine.requests import MAX_TOOLS, ToolUse
 from ayllu.errors import clip
 
 MAX_NAME_CHARACTERS = 256
+MAX_MESSAGES = 100_000
 
 ImageOf = Callable[[str, str], bytes]
 """The bytes of an image by its URL or the id of a stored file; the second argument is the name of the field,

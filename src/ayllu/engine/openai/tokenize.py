@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ayllu.engine.openai.body import InvalidBodyError, Strict, blaming, validated
 from ayllu.engine.openai.messages import (
+    MAX_MESSAGES,
     ChatMessage,
     ImageOf,
     Tool,
@@ -43,7 +44,9 @@ class TokenizeBody(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: (
+        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None
+    ) = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoiceField = None
     add_special_tokens: bool | None = None

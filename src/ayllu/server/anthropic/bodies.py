@@ -186,7 +186,7 @@ class CountTokensBody(Strict):
     }
 
     model: Label
-    messages: list[MessageTurn] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[MessageTurn] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     system: TextContent | None = None
     tools: Annotated[
         list[Annotated[CustomTool, BeforeValidator(_as_tool)]], Field(max_length=MAX_TOOLS)

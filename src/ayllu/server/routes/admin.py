@@ -208,6 +208,9 @@ async def revoke_key(request: Request, key_id: str) -> Response:
     """Revoke a key, at once. An admin may revoke anybody's."""
     services = services_of(request)
     identity = caller(request)
+    own_key = None if identity.key is None else identity.key.id
+    if own_key not in (None, key_id) and "admin" not in identity.scopes:
+        raise ForbiddenError("A key revokes no other keys, unless it has the scope 'admin'.", "Sign in.")
     whose = None if "admin" in identity.scopes else identity.user_id
     key = await services.database.run(lambda db: keys.revoke(db, key_id, whose))
     await services.audit(identity.actor, "key.revoke", key.prefix)
