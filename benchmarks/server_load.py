@@ -242,7 +242,10 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
         for number in range(options.rounds):
             start = 1000 * number + 100
             direct, _ = engine_together(engine, 8, options.tokens, start)
+            began, used = time.perf_counter(), time.process_time()
             served, _ = run_loop(together(server, 8, options.tokens, start))
+            # What the clients themselves take of the processors is not the server's doing.
+            clients = (time.process_time() - used) / (time.perf_counter() - began) / (os.cpu_count() or 1)
             alone = [engine_together(engine, 1, 4, start + 20 + n)[1][0] for n in range(5)]
             behind = [run_loop(ask(server, start + 20 + n, 4)).first for n in range(5)]
             rounds.append(
@@ -250,6 +253,7 @@ def overhead(options: argparse.Namespace) -> dict[str, Any]:
                     "engine_tokens_per_s": direct,
                     "server_tokens_per_s": served,
                     "ratio": served / direct,
+                    "clients_share_of_processors": clients,
                     "engine_first_token_ms": 1000 * statistics.median(alone),
                     "server_first_token_ms": 1000 * statistics.median(behind),
                 }

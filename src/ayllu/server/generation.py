@@ -35,8 +35,8 @@ UNLIMITED_ANSWER = 1024
 
 CHARACTERS_PER_TOKEN = 3
 IMAGE_TOKENS = 1024
-GATHER_S = 0.004
-MOST_GATHER_S = 0.04
+GATHER_S = 0.005
+MOST_GATHER_S = 0.05
 """Text of an answer waits so long for more, times the answers under way: with many, sending every token at
 once would take more of the processor than a fifth of what computing it does."""
 
