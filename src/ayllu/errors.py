@@ -12,10 +12,14 @@ from pathlib import Path
 
 
 class AylluError(Exception):
-    """Base of every expected failure. `fix` is the action that ends it, often an exact command."""
+    """Base of every expected failure. `fix` is the action that ends it, often an exact command.
+
+    retry_after_s: seconds after which another try makes sense; None where that is not known.
+    """
 
     exit_code = 1
     http_status = 500
+    retry_after_s: float | None = None
 
     def __init__(self, problem: str, fix: str = "") -> None:
         self.problem = one_line(problem)
@@ -142,10 +146,11 @@ class GrammarError(AylluError):
 
 
 class OverloadedError(AylluError):
-    """The queue is full: nothing was started. `retry_after_s` says when another try makes sense."""
+    """The queue is full: nothing was started."""
 
     exit_code = 14
     http_status = 429
+    retry_after_s: float
 
     def __init__(self, problem: str, fix: str = "Try again later.", *, retry_after_s: float = 1.0) -> None:
         self.retry_after_s = retry_after_s

@@ -125,10 +125,12 @@ def _described(app: FastAPI) -> dict[str, Any]:
         return app.openapi_schema
     bodies: dict[str, type[BaseModel]] = {}
     for route in app.routes:
-        extra = getattr(route, "openapi_extra", None) or {}
+        if not isinstance(route, GuardedRoute):
+            continue
+        extra = route.openapi_extra or {}
         if "x-body" in extra:
             bodies[extra["x-body"].__name__] = extra["x-body"]
-            route.openapi_extra = {key: value for key, value in extra.items() if key != "x-body"}  # type: ignore[attr-defined]
+            route.openapi_extra = {key: value for key, value in extra.items() if key != "x-body"}
     schema = get_openapi(
         title=app.title, version=app.version, summary=app.summary, routes=app.routes, description=_ABOUT
     )

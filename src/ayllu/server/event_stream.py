@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 
 from fastapi import Response
@@ -31,7 +31,7 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncIterator[Sequence[ServerEvent]], headers: Mapping[str, str] | None = None
+        self, events: AsyncGenerator[Sequence[ServerEvent]], headers: Mapping[str, str] | None = None
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -60,7 +60,7 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         # aclosing: the generator's own clean-up must run now, not when the garbage collector comes.
-        async with aclosing(self._events) as events:  # type: ignore[type-var]
+        async with aclosing(self._events) as events:
             async for batch in events:
                 if batch:
                     await self._send(send, b"".join([event.encoded() for event in batch]))

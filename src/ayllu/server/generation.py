@@ -256,9 +256,7 @@ class Generator:
     def require_running(self) -> None:
         """Raises EngineUnavailableError once the server is about to stop."""
         if self.stopping:
-            error = EngineUnavailableError("The server is stopping.", "Try again when it has started again.")
-            error.retry_after_s = 5.0  # type: ignore[attr-defined]
-            raise error
+            raise EngineUnavailableError("The server is stopping.", "Try again when it has started again.")
 
     def admit_call(self, identity: Identity, call: GenerateCall) -> Ticket:
         """A place for `call`, to be released by whoever takes it. Raises OverloadedError."""

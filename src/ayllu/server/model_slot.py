@@ -120,7 +120,7 @@ class Failures:
         left_s = self._until - time.monotonic()
         if self.error is not None and left_s > 0:
             again = twin(self.error)
-            again.retry_after_s = left_s  # type: ignore[attr-defined]  # read where errors become replies
+            again.retry_after_s = left_s
             raise again
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
 from ayllu.engine.openai.results import error_body
-from ayllu.errors import AylluError, EngineUnavailableError, OverloadedError, SignInError
+from ayllu.errors import AylluError, EngineUnavailableError, SignInError
 from ayllu.server.anthropic import shape as anthropic
 from ayllu.server.event_stream import EventStream
 from ayllu.server.shapes import ServerEvent, compact_json
@@ -38,18 +38,18 @@ def error_reply(request: Request, error: AylluError) -> Response:
     status = error.http_status
     if isinstance(error, SignInError):
         headers["www-authenticate"] = "Bearer"
-    retry_after_s = getattr(error, "retry_after_s", None)
+    retry_after_s = error.retry_after_s
     if retry_after_s is None and isinstance(error, EngineUnavailableError):
         retry_after_s = 5.0
-    if isinstance(error, OverloadedError) or retry_after_s is not None:
-        headers["retry-after"] = str(max(1, math.ceil(retry_after_s or 1.0)))
+    if retry_after_s is not None:
+        headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
     if request.url.path.startswith("/v1/messages"):
         return JsonReply(anthropic.error_body(error), anthropic.status_of(error), headers)
     return JsonReply(error_body(error), status, headers)
 
 
 async def stream_reply(
-    events: AsyncIterator[Sequence[ServerEvent]], headers: Mapping[str, str] | None = None
+    events: AsyncGenerator[Sequence[ServerEvent]], headers: Mapping[str, str] | None = None
 ) -> EventStream:
     """A stream whose first batch has been made: what refuses the request is raised here, as a status."""
     first = await anext(events)
@@ -57,8 +57,8 @@ async def stream_reply(
 
 
 async def _from(
-    first: Sequence[ServerEvent], events: AsyncIterator[Sequence[ServerEvent]]
-) -> AsyncIterator[Sequence[ServerEvent]]:
+    first: Sequence[ServerEvent], events: AsyncGenerator[Sequence[ServerEvent]]
+) -> AsyncGenerator[Sequence[ServerEvent]]:
     try:
         yield first
         # The error has been told by the stream's own last events.
@@ -66,7 +66,7 @@ async def _from(
             async for batch in events:
                 yield batch
     finally:
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

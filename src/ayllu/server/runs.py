@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,7 @@ class LiveRun:
                 waiter.set_result(None)
         self._waiting.clear()
 
-    async def follow(self, after: int) -> AsyncIterator[list[ServerEvent]]:
+    async def follow(self, after: int) -> AsyncGenerator[list[ServerEvent]]:
         """Events with numbers above `after`, as they come, to the last."""
         position = after + 1
         while True:
@@ -151,7 +151,7 @@ class Runs:
         live.task = asyncio.create_task(self._drive(live, identity, call, record), name=f"run {run_id}")
         return live
 
-    async def follow(self, run_id: str, user_id: str, after: int) -> AsyncIterator[list[ServerEvent]]:
+    async def follow(self, run_id: str, user_id: str, after: int) -> AsyncGenerator[list[ServerEvent]]:
         """A run's events with numbers above `after`: of one under way, or as stored. Raises NotFoundError."""
         live = self._live_of(run_id, user_id)
         if live is not None:
@@ -159,7 +159,7 @@ class Runs:
         await self._database.run(lambda db: stored.get(db, run_id, user_id), read=True)
         return self._stored(run_id, user_id, after)
 
-    async def _stored(self, run_id: str, user_id: str, after: int) -> AsyncIterator[list[ServerEvent]]:
+    async def _stored(self, run_id: str, user_id: str, after: int) -> AsyncGenerator[list[ServerEvent]]:
         while True:
             page = await self._database.run(
                 partial(stored.events, run_id=run_id, user_id=user_id, after=after, limit=PAGE), read=True
@@ -299,7 +299,7 @@ class Runs:
                     request=record.request,
                     id=live.id,
                 )
-            stored.append(db, live.id, first, [json.loads(event.data) for event in unstored])
+            _append(db, live.id, first, unstored)
             stored.finish(db, live.id, status, result, error)
             if record.kind == "message":
                 _answer(db, live.id, live.user_id, record.request, result)
@@ -317,9 +317,7 @@ class Runs:
             if not fresh:
                 continue
             try:
-                await self._database.run(
-                    lambda db: stored.append(db, live.id, first, [json.loads(one.data) for one in fresh])  # noqa: B023
-                )
+                await self._database.run(partial(_append, run_id=live.id, first=first, events=fresh))
             except AylluError:
                 _log.exception("events of run %s could not be stored yet", live.id)
                 continue
@@ -359,6 +357,10 @@ def _answer(db: Any, run_id: str, user_id: str, request: dict[str, Any], result:
             db, conversation_id, user_id, parent_id, "assistant", content, run_id
         )
         conversations.update(db, conversation_id, user_id, head_id=message.id)
+
+
+def _append(db: Any, run_id: str, first: int, events: Sequence[ServerEvent]) -> None:
+    stored.append(db, run_id, first, [json.loads(event.data) for event in events])
 
 
 def _recovered(db: Any) -> list[Run]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from sqlalchemy.orm import Session as Db
 
 from ayllu.engine.options import EngineOptions
 from ayllu.errors import AylluError, EngineUnavailableError, UsageError
@@ -76,12 +77,12 @@ def _is_loopback(host: str) -> bool:
 def first_sign_in(database: Database, settings: Settings, port: int) -> str | None:
     """Where nobody has an account yet: make an admin, and return the address of a one-time link."""
 
-    def make(db: object) -> str | None:
-        if users.count(db):  # type: ignore[arg-type]
+    def make(db: Db) -> str | None:
+        if users.count(db):
             return None
-        admin = users.create(db, FIRST_ADMIN, "admin")  # type: ignore[arg-type]
-        audit.record(db, "server", "user.add", FIRST_ADMIN, {"role": "admin"})  # type: ignore[arg-type]
-        return sign_in.new_link(db, admin.id, FIRST_LINK_S)  # type: ignore[arg-type]
+        admin = users.create(db, FIRST_ADMIN, "admin")
+        audit.record(db, "server", "user.add", FIRST_ADMIN, {"role": "admin"})
+        return sign_in.new_link(db, admin.id, FIRST_LINK_S)
 
     token = database.now(make)
     return None if token is None else f"{base_url(settings, port)}/sign-in?token={token}"

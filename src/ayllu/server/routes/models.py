@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -151,7 +151,7 @@ async def pull_events(request: Request, pull_id: str) -> Response:
     pulls = services_of(request).pulls
     pulls.get(pull_id)
 
-    async def events() -> AsyncIterator[Sequence[ServerEvent]]:
+    async def events() -> AsyncGenerator[Sequence[ServerEvent]]:
         async for job in pulls.events(pull_id):
             yield [ServerEvent.of(asdict(job), "pull")]
 

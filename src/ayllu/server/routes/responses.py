@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import Request, Response
@@ -83,7 +83,7 @@ async def _tied_stream(runs: Runs, live: LiveRun) -> Response:
     if live.refusal is not None:
         raise live.refusal
 
-    async def following() -> AsyncIterator[Sequence[ServerEvent]]:
+    async def following() -> AsyncGenerator[Sequence[ServerEvent]]:
         try:
             yield first
             async for batch in events:
